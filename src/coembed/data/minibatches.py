@@ -1,0 +1,161 @@
+"""Minibatches: which cells a step sees, and how their rows reach the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from coembed.data.views import Block
+
+Draw = Mapping[str, np.ndarray]
+"""Input name -> rows to gather. Paired systems draw the same rows for every input."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One minibatch on the device; every field maps an input's name to its tensor.
+
+    Attributes:
+        x: (b, n_features) float32.
+        totals: (b,) float32, raw counts of the cell over all features of the modality.
+        present: (b,) bool, whether the modality measured the cell.
+        batch: (b,) int64, code of the technical batch; -1 where the model never saw it.
+    """
+
+    x: Mapping[str, torch.Tensor]
+    totals: Mapping[str, torch.Tensor]
+    present: Mapping[str, torch.Tensor]
+    batch: Mapping[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return max(len(x) for x in self.x.values())
+
+
+class Inputs:
+    """The views of a set of cells, ready to be gathered row by row.
+
+    Sparse views stay sparse; only the rows of a minibatch are made dense.
+
+    Args:
+        blocks: input name -> view, all over the same cells.
+        batch: (n_cells,) int codes of the technical batch.
+        device: where minibatches go.
+    """
+
+    def __init__(
+        self, blocks: Mapping[str, Block], batch: np.ndarray, device: torch.device
+    ) -> None:
+        self.blocks, self.batch, self.device = blocks, batch, device
+        self.n_cells = len(batch)
+
+    @property
+    def present(self) -> dict[str, np.ndarray]:
+        """Input name -> (n_cells,) bool, which cells have it."""
+        return {name: block.present for name, block in self.blocks.items()}
+
+    def having(self, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
+        """Return those of `rows` that have every one of the inputs `names`."""
+        return rows[np.logical_and.reduce([self.blocks[name].present[rows] for name in names])]
+
+    def take(self, names: Sequence[str], rows: np.ndarray) -> Inputs:
+        """Return some inputs of some cells."""
+        blocks = {
+            name: replace(
+                self.blocks[name],
+                x=self.blocks[name].x[rows],
+                totals=self.blocks[name].totals[rows],
+                present=self.blocks[name].present[rows],
+            )
+            for name in names
+        }
+        return Inputs(blocks, self.batch[rows], self.device)
+
+    def gather(self, draw: Draw) -> Batch:
+        """Return the minibatch of `draw` on the device."""
+        x, totals, present, batch = {}, {}, {}, {}
+        for name, rows in draw.items():
+            block = self.blocks[name]
+            values = block.x[rows]
+            dense = values.toarray() if sparse.issparse(values) else values
+            x[name] = self._send(dense.astype(np.float32, copy=False))
+            totals[name] = self._send(block.totals[rows].astype(np.float32))
+            present[name] = self._send(block.present[rows])
+            batch[name] = self._send(self.batch[rows])
+        return Batch(x, totals, present, batch)
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def chunks(self, rows: np.ndarray, size: int = 1024) -> Iterator[Batch]:
+        """Yield `rows` of every input in order, in even parts of at most `size`."""
+        for part in np.array_split(rows, max(1, -(-len(rows) // size))):
+            yield self.gather(dict.fromkeys(self.blocks, part))
+
+
+class Sampler(Protocol):
+    """An endless source of draws, one epoch at a time."""
+
+    steps_per_epoch: int
+
+    def epoch(self, rng: np.random.Generator) -> Iterator[Draw]:
+        """Yield the draws of one epoch."""
+        ...
+
+
+class Shuffled:
+    """Groups of cells, each shuffled and cut into even minibatches; the groups follow in turn.
+
+    Even minibatches differ by one cell at most, so a remainder of a single cell (on which batch
+    normalisation fails) cannot arise.
+
+    Args:
+        groups: (input names, rows) of each group. A paired system has one group.
+        batch_size: the largest minibatch; a batch larger than its group is the whole group.
+    """
+
+    def __init__(self, groups: Sequence[tuple[Sequence[str], np.ndarray]], batch_size: int) -> None:
+        self.groups, self.batch_size = [g for g in groups if len(g[1])], batch_size
+        self.steps_per_epoch = sum(self._parts(rows) for _, rows in self.groups)
+
+    def _parts(self, rows: np.ndarray) -> int:
+        return -(-len(rows) // self.batch_size)
+
+    def epoch(self, rng: np.random.Generator) -> Iterator[Draw]:
+        """Yield every cell of every group once."""
+        for names, rows in self.groups:
+            for part in np.array_split(rng.permutation(rows), self._parts(rows)):
+                yield dict.fromkeys(names, part)
+
+    def sweep(self) -> list[Draw]:
+        """Return the draws of one pass in the given order, for validation."""
+        return [
+            dict.fromkeys(names, part)
+            for names, rows in self.groups
+            for part in np.array_split(rows, self._parts(rows))
+        ]
+
+
+class Independent:
+    """Each input's cells drawn on their own with replacement: unpaired domains (Portal).
+
+    Args:
+        rows: input name -> the cells of that domain.
+        batch_size: cells per domain and step.
+    """
+
+    def __init__(self, rows: Mapping[str, np.ndarray], batch_size: int) -> None:
+        self.rows, self.batch_size = rows, batch_size
+        self.steps_per_epoch = -(-max(map(len, rows.values())) // batch_size)
+
+    def epoch(self, rng: np.random.Generator) -> Iterator[Draw]:
+        """Yield as many draws as would visit the larger domain once."""
+        for _ in range(self.steps_per_epoch):
+            yield {
+                name: rows[rng.integers(len(rows), size=self.batch_size)]
+                for name, rows in self.rows.items()
+            }

@@ -1,0 +1,72 @@
+"""Hyper-parameters: checked, frozen, with a source for every default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from coembed.errors import ParameterError, did_you_mean
+from coembed.models.card import param
+
+
+class HyperParams(BaseModel):
+    """Hyper-parameters of a system without a network."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any], *, model: str) -> Self:
+        """Return the parameters, or say which value is wrong.
+
+        Raises:
+            ParameterError: an unknown name or a value that is not allowed.
+        """
+        for name in values:
+            if name not in cls.model_fields:
+                raise ParameterError(
+                    f"no hyper-parameter '{name}'",
+                    where=f"model '{model}'",
+                    remedy=did_you_mean(name, cls.model_fields),
+                )
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else "?"
+            what = cls.model_fields[name].description if name in cls.model_fields else ""
+            raise ParameterError(
+                f"hyper-parameter '{name}' cannot be {first['input']!r}: {first['msg'].lower()}",
+                where=f"model '{model}'",
+                remedy=f"'{name}' is: {what}" if what else None,
+            ) from error
+
+
+class TrainingParams(HyperParams):
+    """What every trained system has."""
+
+    max_epochs: int = param(100, "upper bound on passes over the training cells", "sheet", ge=1)
+    min_steps: int = param(
+        0,
+        "optimiser steps the plan has at least, however few the cells (0: epochs alone decide); "
+        "dropped where max_epochs is set by hand",
+        "ours: steps, not epochs, set the length of training at small n",
+        ge=0,
+    )
+    batch_size: int = param(128, "cells in a minibatch", "sheet", ge=2)
+    learning_rate: float = param(1e-3, "Adam's learning rate", "sheet", gt=0)
+    validation_fraction: float = param(
+        0.1,
+        "share of the training cells held back to find the best weights (0: keep the last)",
+        "ours: best weights kept",
+        ge=0,
+        lt=1,
+    )
+    patience: int = param(
+        20,
+        "rounds without improvement before training ends; a round is an epoch, or a hundredth of "
+        "the plan where that is longer",
+        "ours",
+        ge=1,
+    )

@@ -1,0 +1,33 @@
+"""Log-likelihoods of counts, (b, n_features) in and out; sums over features are the caller's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, logsigmoid, softplus
+
+
+def multinomial(x: Tensor, logits: Tensor) -> Tensor:
+    """Return x_j log softmax_j(logits), the multinomial without its combinatorial constant."""
+    return x * log_softmax(logits, dim=-1)
+
+
+def negative_binomial(x: Tensor, r: Tensor, logit: Tensor) -> Tensor:
+    """Return log NB(x; total count r, success probability sigmoid(logit)).
+
+    Mean r exp(logit), variance mean (1 + exp(logit)) (scmm.md section 5).
+    """
+    choose = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1)
+    return choose - r * softplus(logit) + x * logsigmoid(logit)
+
+
+def zero_inflated(x: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:
+    """Return the log-likelihood when a count is 0 with probability sigmoid(gate) besides.
+
+    Args:
+        x: the counts.
+        log_prob: their log-likelihood without inflation.
+        gate: logit of the extra zero.
+    """
+    kept = log_prob - softplus(gate)
+    return torch.where(x > 0, kept, torch.logaddexp(logsigmoid(gate), kept))
