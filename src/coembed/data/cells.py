@@ -95,7 +95,9 @@ class Cells:
             return None
         column = self.obs[self.keys.label]
         known = column.notna() & ~column.astype(str).isin(self.keys.ignore_labels)
-        return np.where(known, column.astype(str), None).astype(object)
+        labels = column.astype(str).to_numpy(dtype=object)
+        labels[~known.to_numpy()] = None
+        return labels
 
     def take(self, rows: np.ndarray) -> Cells:
         """Return the cells at `rows`, (n,) int or bool, in that order."""

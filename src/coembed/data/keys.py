@@ -130,7 +130,7 @@ def find_keys(
             raise DataError(f"no cell has a value in '{label}' (label_key)", where=where)
         label = None
     if ignore_labels:
-        known = [] if label is None else found[label].dropna().astype(str).unique()
+        known = set() if label is None else set(found[label].dropna().astype(str))
         for name in ignore_labels:
             if name not in known:
                 raise DataError(

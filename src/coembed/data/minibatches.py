@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from coembed.data.views import Block
+from coembed.data.pipeline import Block
 
 Draw = Mapping[str, np.ndarray]
 """Input name -> rows to gather. Paired systems draw the same rows for every input."""
@@ -81,7 +81,7 @@ class Inputs:
         for name, rows in draw.items():
             block = self.blocks[name]
             values = block.x[rows]
-            dense = values.toarray() if sparse.issparse(values) else values
+            dense = values.toarray() if isinstance(values, sparse.csr_matrix) else values
             x[name] = self._send(dense.astype(np.float32, copy=False))
             totals[name] = self._send(block.totals[rows].astype(np.float32))
             present[name] = self._send(block.present[rows])

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from coembed.data.cells import Cells
-from coembed.data.minibatches import Batch, Inputs, Shuffled
-from coembed.data.views import Block, Pipeline
+from coembed.data.minibatches import Batch, Inputs, Sampler, Shuffled
+from coembed.data.pipeline import Block, Pipeline
 from coembed.errors import CoembedError, DataError, ParameterError, did_you_mean
 from coembed.models.card import Card
 from coembed.models.params import HyperParams
 from coembed.nn.posteriors import Gaussian, Laplace
 from coembed.train.guard import Guard
 from coembed.train.loop import Loop, Outcome, choose_device, seeded
-from coembed.train.stage import Stage
+from coembed.train.stage import Player, Stage
 
 
 class Networks(nn.Module):
@@ -127,7 +127,7 @@ class Model:
 
     @torch.no_grad()
     def latent(self, inputs: Inputs, chunk: int = 1024) -> np.ndarray:
-        """Return `embed` of every cell, (n_cells, K); where a system embeds otherwise, it says so."""
+        """Return `embed` of every cell, (n_cells, K); a system may add to it."""
         rows = np.arange(inputs.n_cells)
         parts = [self.embed(batch).cpu().numpy() for batch in inputs.chunks(rows, chunk)]
         return np.concatenate(parts).astype(np.float32)
@@ -291,7 +291,7 @@ class Model:
         """Return the planned epochs: `max_epochs`, or more where `min_steps` asks for them."""
         return max(self.params.max_epochs, -(-self.params.min_steps // steps_per_epoch))
 
-    def one_stage(self, sampler: Shuffled, validation: Shuffled | None, *players: Any) -> Stage:
+    def one_stage(self, sampler: Sampler, validation: Shuffled | None, *players: Player) -> Stage:
         """Return the plan of a system that trains in one stage."""
         return Stage(
             name="train",
@@ -377,7 +377,7 @@ class Model:
                 raise DataError(f"modality '{role}' is missing", where=cells.name)
             if list(var[role].index) == names:
                 continue
-            columns = var[role].index.get_indexer(names)
+            columns = var[role].index.get_indexer(pd.Index(names))
             if (columns < 0).any():
                 first = names[int(np.argmax(columns < 0))]
                 raise DataError(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softmax
 
 from coembed.data.minibatches import Batch, Inputs, Shuffled
-from coembed.data.views import Pipeline, counts, normalised
+from coembed.data.pipeline import Pipeline
+from coembed.data.views import counts, normalised
 from coembed.models.base import Model, Networks
 from coembed.models.bridge import bridge, subsets
 from coembed.models.card import Card, param
@@ -84,7 +85,7 @@ class Cobolt(Model):
     def pipeline(self, var: Mapping[str, pd.DataFrame]) -> Pipeline:
         """Counts of variable genes, top peaks and all proteins."""
         view = normalised if self.params.lognorm_input else counts
-        return Pipeline(**view(var, n_top_genes=self.params.n_top_genes))
+        return Pipeline(view(var, n_top_genes=self.params.n_top_genes))
 
     def build(self, net: Networks) -> None:
         """Encoder trunk and heads; loadings B; intercept b and slope s of every batch."""

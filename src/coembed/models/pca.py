@@ -7,19 +7,17 @@ from collections.abc import Mapping
 import pandas as pd
 from torch import Tensor
 
+from coembed.data.features import HighlyVariable, TopPeaks
 from coembed.data.minibatches import Batch
+from coembed.data.pipeline import Pipeline, Step
 from coembed.data.views import (
     CLR,
-    PCs,
     TFIDF,
     Concatenate,
-    HighlyVariable,
     JointPCs,
     LogNormalise,
-    Pipeline,
+    PCs,
     Standardise,
-    Step,
-    TopPeaks,
     UnitVariance,
 )
 from coembed.models.base import Model
@@ -67,7 +65,7 @@ class PCA(Model):
             "atac": [TopPeaks(), TFIDF()],
         }
         steps = {role: [*values[role], PCs(p.n_components), UnitVariance()] for role in var}
-        return Pipeline(joint=[Concatenate(), JointPCs(p.n_latent)], **steps)
+        return Pipeline(steps, joint=[Concatenate(), JointPCs(p.n_latent)])
 
     def embed(self, batch: Batch) -> Tensor:
         """Return the scores."""

@@ -10,17 +10,10 @@ import pandas as pd
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, mse_loss
 
+from coembed.data.features import GeneActivity, HighlyVariable, SharedFeatures
 from coembed.data.minibatches import Batch, Independent, Inputs
-from coembed.data.views import (
-    GeneActivity,
-    HighlyVariable,
-    JointPCs,
-    LogNormalise,
-    Pipeline,
-    SharedFeatures,
-    Standardise,
-    Step,
-)
+from coembed.data.pipeline import Pipeline, Step
+from coembed.data.views import JointPCs, LogNormalise, Standardise
 from coembed.models.base import Facts, Model, Networks
 from coembed.models.card import Card, param
 from coembed.models.params import TrainingParams
@@ -100,14 +93,18 @@ class Portal(Model):
         rna, atac = scaled(), [GeneActivity(var["rna"]), *scaled()]
         if p.double_lognorm:
             rna.insert(2, LogNormalise())
-        return Pipeline(joint=[SharedFeatures(p.n_pcs), JointPCs(p.n_pcs)], rna=rna, atac=atac)
+        joint = [SharedFeatures(p.n_pcs), JointPCs(p.n_pcs)]
+        return Pipeline({"rna": rna, "atac": atac}, joint=joint)
 
     def build(self, net: Networks) -> None:
         """Two of each of E, G and D; every weight and bias N(0, 0.1^2)."""
         latent = self.params.n_latent
         pcs = self.n_features["rna"]
-        sizes = {"encoder": (pcs, WIDTH, latent), "generator": (latent, WIDTH, pcs)}
-        sizes["discriminator"] = (pcs, WIDTH, WIDTH, 1)
+        sizes = {
+            "encoder": (pcs, WIDTH, latent),
+            "generator": (latent, WIDTH, pcs),
+            "discriminator": (pcs, WIDTH, WIDTH, 1),
+        }
         for part, widths in sizes.items():
             setattr(net, part, nn.ModuleDict({m: mlp(widths, last=False) for m in self.roles}))
         for weights in net.parameters():
@@ -157,11 +154,16 @@ class Portal(Model):
         p = self.params
         domains = {m: inputs.having([m], rows) for m in self.roles}
         sampler = Independent(domains, p.batch_size)
-        weights = {"cosine": p.lambda_cos, "autoencoder": 10.0, "alignment": 10.0}
-        critics = Player("discriminators", [self.net.discriminator], self.discriminator_loss,
-                         lr=p.learning_rate)  # fmt: skip
-        translators = Player("translators", [self.net.encoder, self.net.generator], self.translator_loss, weights,
-                             lr=p.learning_rate)  # fmt: skip
+        critics = Player(
+            "discriminators", [self.net.discriminator], self.discriminator_loss, lr=p.learning_rate
+        )
+        translators = Player(
+            "translators",
+            [self.net.encoder, self.net.generator],
+            self.translator_loss,
+            weights={"cosine": p.lambda_cos, "autoencoder": 10.0, "alignment": 10.0},
+            lr=p.learning_rate,
+        )
         return [self.one_stage(sampler, None, critics, translators)]
 
     def embed(self, batch: Batch) -> Tensor:

@@ -111,6 +111,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def load_model(folder: str | Path, data: Any = None) -> Model:
+    """Return a saved model of whatever system; see `Model.load`."""
+    from coembed.models.base import Model
+
+    return load(Model, Path(folder), data)
+
+
 def load(cls: type[M], folder: Path, data: Any = None) -> M:
     """Read a saved model; see `Model.load`."""
     from coembed.models import get_model

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softmax
 
 from coembed.data.minibatches import Batch, Inputs, Shuffled
-from coembed.data.views import Pipeline, counts
+from coembed.data.pipeline import Pipeline
+from coembed.data.views import counts
 from coembed.models.base import Facts, Model, Networks
 from coembed.models.card import Card, param
 from coembed.models.params import TrainingParams
@@ -98,7 +99,7 @@ class ScMM(Model):
     def pipeline(self, var: Mapping[str, pd.DataFrame]) -> Pipeline:
         """Counts of variable genes, top peaks and all proteins."""
         p = self.params
-        return Pipeline(**counts(var, n_top_genes=p.n_top_genes, all_peaks=p.all_peaks))
+        return Pipeline(counts(var, n_top_genes=p.n_top_genes, all_peaks=p.all_peaks))
 
     def build(self, net: Networks) -> None:
         """Per modality: encoder with location and scale heads; decoder with r, p (and gate)."""

@@ -8,18 +8,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from coembed.data.features import HighlyVariable, TopPeaks
 from coembed.data.minibatches import Batch
-from coembed.data.views import (
-    CLR,
-    Binarise,
-    HighlyVariable,
-    LogNormalise,
-    Pipeline,
-    StandardiseCells,
-    Step,
-    TopPeaks,
-    TruncatedSVD,
-)
+from coembed.data.pipeline import Pipeline, Step
+from coembed.data.views import CLR, Binarise, LogNormalise, StandardiseCells, TruncatedSVD
 from coembed.models.base import Model
 from coembed.models.card import Card, param
 from coembed.models.params import HyperParams
@@ -64,7 +56,7 @@ class SVD(Model):
             "prot": [CLR(), TruncatedSVD(other)],
             "atac": [TopPeaks(), Binarise(), TruncatedSVD(other)],
         }
-        return Pipeline(**{role: [*steps[role], StandardiseCells()] for role in var})
+        return Pipeline({role: [*steps[role], StandardiseCells()] for role in var})
 
     def embed(self, batch: Batch) -> Tensor:
         """Return the blocks side by side."""

@@ -16,7 +16,7 @@ def product_of_experts(
     prior: Gaussian | None = None,
     present: Sequence[Tensor] | None = None,
 ) -> Gaussian:
-    """Return the normalised product of Gaussian experts: precisions add, means are weighted by them.
+    """Return the normalised product of Gaussian experts: precisions add and weigh the means.
 
     Args:
         experts: one (b, K) Gaussian per modality.

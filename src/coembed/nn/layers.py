@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -23,7 +24,7 @@ def mlp(
         last: whether the last linear layer is followed by norm and activation too.
     """
     layers: list[nn.Module] = []
-    for i, (width_in, width_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (width_in, width_out) in enumerate(pairwise(sizes)):
         layers.append(nn.Linear(width_in, width_out))
         if last or i < len(sizes) - 2:
             if norm:

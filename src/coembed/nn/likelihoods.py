@@ -17,8 +17,11 @@ def negative_binomial(x: Tensor, r: Tensor, logit: Tensor) -> Tensor:
 
     Mean r exp(logit), variance mean (1 + exp(logit)) (scmm.md section 5).
     """
-    choose = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1)
-    return choose - r * softplus(logit) + x * logsigmoid(logit)
+    seen = x.nonzero(as_tuple=True)  # at x = 0 the binomial coefficient is 1: most of the counts
+    x_seen, r_seen = x[seen], r[seen]
+    choose = torch.lgamma(x_seen + r_seen) - torch.lgamma(r_seen) - torch.lgamma(x_seen + 1)
+    log_prob = x * logit - (x + r) * softplus(logit)
+    return log_prob.index_put(seen, choose, accumulate=True)
 
 
 def zero_inflated(x: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:

@@ -289,9 +289,10 @@ class Ledger:
 def new_row(task: Task, status: str, **content: Any) -> dict[str, Any]:
     """Return a row: the same fields for every status, None or empty where nothing is known.
 
-    Times are seconds: `cpu_s` and `wall_s` of training alone, `scoring_s` of both scorings,
-    `total_wall_s` of the whole task. Memory is resident memory in MB, of the process with its
-    libraries and data; `start_memory_mb` is what it held before training.
+    Times are seconds: `cpu_s` and `wall_s` of training alone (None where it was `resumed` from a
+    checkpoint), `scoring_s` of both scorings, `total_wall_s` of the whole task. Memory is resident
+    memory in MB, of the process with its libraries and data; `start_memory_mb` is what it held
+    before training.
     """
     row: dict[str, Any] = {
         "schema": SCHEMA,

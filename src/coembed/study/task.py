@@ -149,8 +149,9 @@ def execute(task: Task, source: Source) -> dict[str, Any]:
     return {
         "status": outcome.status,
         "scores": scores,
-        "cpu_s": cpu,
-        "wall_s": wall,
+        # A resumed training took longer than the part of it that was seen here.
+        "cpu_s": None if resumed else cpu,
+        "wall_s": None if resumed else wall,
         "scoring_s": time.perf_counter() - started,
         "start_memory_mb": before,
         "parameters": total,

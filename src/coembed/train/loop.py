@@ -280,7 +280,7 @@ class Loop:
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.inputs.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.inputs.device)
-        self.state.sampler = self.rng.bit_generator.state
+        self.state.sampler = dict(self.rng.bit_generator.state)
         return _Snapshot(copy.deepcopy(self.state), tensors)
 
     def _restore_tensors(self, tensors: Mapping[str, Tensor]) -> None:

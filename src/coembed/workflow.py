@@ -1,0 +1,151 @@
+"""From a file to an embedding in a file, and from there to scores: what `fit` and `score` do."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+import coembed
+from coembed.data.cells import Cells
+from coembed.errors import DataError, ParameterError, did_you_mean
+
+if TYPE_CHECKING:
+    from mudata import MuData
+
+    from coembed.models.base import Model
+
+TRAIN, HELD_OUT = "train", "held out"
+
+
+def split(cells: Cells, held_out: float, seed: int) -> np.ndarray:
+    """Return (n_cells,) 'train' or 'held out': a share of every batch is kept from training.
+
+    Raises:
+        ParameterError: the share leaves fewer than two cells to train on, or is negative.
+    """
+    from coembed.study.plan import held_out_rows
+
+    n = round(cells.n_cells * held_out)
+    if held_out < 0 or cells.n_cells - n < 2:
+        raise ParameterError(
+            f"a share of {held_out:g} cannot be held out of {cells.n_cells} cells",
+            remedy="Choose --held-out between 0 and, say, 0.2",
+        )
+    part = np.full(cells.n_cells, TRAIN, dtype=object)
+    part[held_out_rows(cells.batch, n, seed)] = HELD_OUT
+    return part
+
+
+def attach(mdata: MuData, model: Model, cells: Cells, part: np.ndarray) -> str:
+    """Embed `cells` and write the result into `mdata`; cells it lacks get NaN.
+
+    Writes `obsm["X_<model>"]`, `obs["X_<model>_split"]` and
+    `uns["coembed"]["X_<model>"]` (parameters, outcome, history, versions).
+
+    Returns:
+        The name, `X_<model>`.
+    """
+    name = f"X_{model.card.name}"
+    z = model.get_latent_representation(cells)
+    columns = [f"{name}_{i}" for i in range(z.shape[1])]
+    table = pd.DataFrame(z, index=cells.obs.index, columns=columns)
+    mdata.obsm[name] = table.reindex(mdata.obs_names).to_numpy()
+    parts = pd.Series(part, index=cells.obs.index).reindex(mdata.obs_names)
+    mdata.obs[f"{name}_split"] = pd.Categorical(parts, categories=[TRAIN, HELD_OUT])
+    about = {
+        "model": model.card.name,
+        "preset": model.preset,
+        "params": json.dumps(model.params.model_dump()),
+        "outcome": json.dumps(asdict(model.outcome) if model.outcome else None),
+        "history": {key: column.to_numpy() for key, column in model.history.items()},
+        "reference": model.card.reference,
+        "coembed": coembed.__version__,
+    }
+    mdata.uns["coembed"] = {**mdata.uns.get("coembed", {}), name: about}
+    return name
+
+
+def open_mudata(data: str, cells: Cells) -> MuData:
+    """Return the MuData that a result goes into: the file's own, or one made of `cells`."""
+    from coembed.data.write import to_mudata
+
+    if Path(data).suffix == ".h5mu" and Path(data).exists():
+        import mudata
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of mudata and anndata, about their own future
+            return mudata.read_h5mu(data)
+    return to_mudata(cells)
+
+
+def score_embeddings(
+    mdata: MuData, cells: Cells, names: tuple[str, ...], *, n_permutations: int, seed: int
+) -> pd.DataFrame:
+    """Return the scores of embeddings in `mdata.obsm`, on training and on held-out cells apart.
+
+    Args:
+        mdata: the data with the embeddings.
+        cells: the same data, checked, for labels, batches, sites and pseudotimes.
+        names: keys of `obsm`; all that start with `X_` if empty.
+        n_permutations: of every null.
+        seed: of the permutations.
+
+    Returns:
+        One row per embedding, part and metric; the columns of `coembed.score` besides. The part is
+        'train', 'held out', or 'all' where the file does not say which cells were trained on.
+
+    Raises:
+        DataError: there is no embedding, or it has cells without a value.
+        ParameterError: there is no such embedding.
+    """
+    from coembed.metrics import score
+
+    known = [key for key in mdata.obsm if key.startswith("X_")]
+    for name in names:
+        if name not in known:
+            raise ParameterError(f"no embedding '{name}'", remedy=did_you_mean(name, known))
+    if not known:
+        raise DataError(
+            "the file holds no embedding (obsm key X_...)",
+            remedy="Make one with `coembed fit`",
+        )
+    tables = []
+    for name in names or tuple(known):
+        z = pd.DataFrame(np.asarray(mdata.obsm[name]), index=mdata.obs_names)
+        z = z.reindex(cells.obs.index)
+        for part, rows in _parts(mdata, name, cells).items():
+            chosen = cells.take(rows)
+            table = score(
+                z.to_numpy()[rows],
+                labels=chosen.labels,
+                batch=chosen.batch if chosen.keys.batch else None,
+                site=chosen.site,
+                pseudotime=pseudotimes(chosen),
+                n_permutations=n_permutations,
+                seed=seed,
+            )
+            table.insert(0, "embedding", name)
+            table.insert(1, "evaluated_on", part)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def pseudotimes(cells: Cells) -> Mapping[str, np.ndarray]:
+    """Return column -> (n_cells,) pseudotime, NaN outside the trajectory."""
+    return {key: cells.obs[key].to_numpy(dtype=float) for key in cells.keys.pseudotime}
+
+
+def _parts(mdata: Any, name: str, cells: Cells) -> dict[str, np.ndarray]:
+    column = f"{name}_split"
+    if column not in mdata.obs:
+        return {"all": np.arange(cells.n_cells)}
+    values = mdata.obs[column].reindex(cells.obs.index).astype(str).to_numpy()
+    rows = {part: np.flatnonzero(values == part) for part in (TRAIN, HELD_OUT)}
+    return {part: found for part, found in rows.items() if len(found)}
