@@ -43,6 +43,37 @@ def split(cells: Cells, held_out: float, seed: int) -> np.ndarray:
     return part
 
 
+def require_scorable(cells: Cells, *, batch_asked: bool) -> None:
+    """Refuse cells of which no score can be made, before hours are spent on them.
+
+    Args:
+        cells: the data.
+        batch_asked: the user named the batch column, so that batch scores are wanted.
+
+    Raises:
+        DataError: no label, one label only, or one batch only in the column that was named.
+    """
+    if cells.labels is None:
+        raise DataError(
+            "no column with cell types was found, and every score needs them",
+            where=cells.name,
+            remedy=f"Name it with --label-key. Columns: {', '.join(map(str, cells.obs.columns))}",
+        )
+    labels = {label for label in cells.labels if label is not None}
+    if len(labels) < 2:
+        raise DataError(
+            f"column '{cells.keys.label}' has fewer than two labels besides the ignored ones",
+            where=cells.name,
+            remedy="Scores compare cell types: name another column with --label-key",
+        )
+    if batch_asked and len(set(cells.batch)) < 2:
+        raise DataError(
+            f"column '{cells.keys.batch}' holds one batch only, and batch scores need two",
+            where=cells.name,
+            remedy="Name another column, or give --batch-key none",
+        )
+
+
 def attach(mdata: MuData, model: Model, cells: Cells, part: np.ndarray) -> str:
     """Embed `cells` and write the result into `mdata`; cells it lacks get NaN.
 

@@ -127,9 +127,7 @@ def fit(
     try:
         trained.train(seed=seed, device=device, progress=at_terminal(), checkpoint=checkpoint)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "Stopped. Run the same command to go on where it stopped."
-        ) from None
+        raise Stopped("Stopped. Run the same command to go on where it stopped.") from None
     outcome = trained.outcome
     assert outcome is not None
     if outcome.status != "ok":
@@ -183,9 +181,10 @@ def score(
     """
     from coembed.data.pilots import resolve
     from coembed.files import write_bytes
-    from coembed.workflow import open_mudata, score_embeddings
+    from coembed.workflow import open_mudata, require_scorable, score_embeddings
 
     cells = resolve(data, **reading_options(locals()))
+    require_scorable(cells, batch_asked=batch_key not in ("auto", "none"))
     mdata = open_mudata(data, cells)
     table = score_embeddings(
         mdata, cells, tuple(embedding or ()), n_permutations=permutations, seed=seed
@@ -258,9 +257,11 @@ def study(
     from coembed.report import build_report
     from coembed.study import Plan, run
     from coembed.study.progress import console_progress
+    from coembed.workflow import require_scorable
 
     reading = reading_options(locals())
     cells = resolve(data, **reading)
+    require_scorable(cells, batch_asked=batch_key not in ("auto", "none"))
     names = listed(models) or takers(cells)
     plan = Plan.make(
         cells,
@@ -279,10 +280,13 @@ def study(
         timeout=timeout,
         memory_mb=None if memory is None else memory * 1e3,
     )
-    with console_progress() as progress:
-        ledger = run(
-            plan, cells, output, workers=workers, retry_errors=retry_errors, progress=progress
-        )
+    try:
+        with console_progress() as progress:
+            ledger = run(
+                plan, cells, output, workers=workers, retry_errors=retry_errors, progress=progress
+            )
+    except KeyboardInterrupt as stop:
+        raise Stopped(str(stop) or "Stopped. Run the same command to go on.") from None
     failed = [row for row in ledger.rows() if row["status"] != "ok"]
     page = build_report(output)
     if failed:
@@ -410,23 +414,26 @@ def data_verb(
         say(f"{output}: written")
 
 
+class Stopped(Exception):  # noqa: N818 - not an error
+    """Ctrl-C, with what the user should know."""
+
+
 def main() -> None:
     """Run the command line; a user's error is a message and exit code 2, never a traceback."""
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt as stop:
-        typer.secho(str(stop) or "Stopped.", err=True)
+        code = app(standalone_mode=False)
+    except Stopped as stop:
+        typer.secho(str(stop), err=True)
         sys.exit(130)
     except CoembedError as error:
         typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
     except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own usage errors
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # typer's own usage errors
             error.show()
             sys.exit(error.exit_code)
         raise
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

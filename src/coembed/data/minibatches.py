@@ -123,7 +123,7 @@ class Shuffled:
         self.steps_per_epoch = sum(self._parts(rows) for _, rows in self.groups)
 
     def _parts(self, rows: np.ndarray) -> int:
-        return -(-len(rows) // self.batch_size)
+        return max(1, min(-(-len(rows) // self.batch_size), len(rows) // 2))
 
     def epoch(self, rng: np.random.Generator) -> Iterator[Draw]:
         """Yield every cell of every group once."""

@@ -84,14 +84,15 @@ class Standardise(Step):
         x = block.measured
         n = x.shape[0]
         if isinstance(x, sparse.csr_matrix):
-            self.mean = np.asarray(x.mean(axis=0), dtype=np.float64).ravel()
-            square = np.asarray(x.multiply(x).mean(axis=0), dtype=np.float64).ravel()
+            x = x.astype(np.float64)  # in float32 the difference below loses a constant's digits
+            self.mean = np.asarray(x.mean(axis=0)).ravel()
+            square = np.asarray(x.multiply(x).mean(axis=0)).ravel()
             variance = np.maximum(square - self.mean**2, 0) * n / max(n - 1, 1)
         else:
             self.mean = x.mean(axis=0, dtype=np.float64)
             variance = x.var(axis=0, dtype=np.float64, ddof=min(1, n - 1))
         sd = np.sqrt(variance)
-        self.sd = np.where(sd > 1e-8, sd, 1.0)
+        self.sd = np.where(sd > 1e-8 + 1e-6 * np.abs(self.mean), sd, 1.0)
 
     def apply(self, block: Block) -> Block:
         """Return dense values; rows of unmeasured cells are zero, the mean."""

@@ -67,13 +67,12 @@ class Cobolt(Model):
 
         n_latent: int = param(10, "number of topics K", "tutorial and review", ge=2)
         learning_rate: float = param(0.005, "Adam's learning rate", "original code", gt=0)
-        warm_up: float = param(0.3, "share of the plan over which the KL's weight rises",
-                               "original code: 30 of 100 epochs", ge=0, le=1)  # fmt: skip
+        warm_up: float = param(0.3, "share of the plan in which the KL's weight rises", "original")
         n_top_genes: int = param(4000, "most variable genes kept", "review", ge=2)
-        lognorm_input: bool = param(False, "normalised values in place of counts",
-                                    "a fault of the review's script (study.md 3)")  # fmt: skip
-        slice_normalisation: bool = param(False, "embed with batch statistics of 128-cell slices",
-                                          "a fault of the original (cobolt.md 9.1)")  # fmt: skip
+        lognorm_input: bool = param(False, "normalised values for counts", "fault of study.md 3")
+        slice_normalisation: bool = param(
+            False, "embed with the batch statistics of 128-cell slices", "fault of cobolt.md 9.1"
+        )
 
     presets: ClassVar = {
         "review": lambda facts: {

@@ -43,19 +43,18 @@ class HyperParams(BaseModel):
             ) from error
 
 
+MIN_STEPS = (
+    "optimiser steps the plan has at least, however few the cells; dropped where max_epochs is set"
+)
+
+
 class TrainingParams(HyperParams):
     """What every trained system has."""
 
-    max_epochs: int = param(100, "upper bound on passes over the training cells", "sheet", ge=1)
-    min_steps: int = param(
-        0,
-        "optimiser steps the plan has at least, however few the cells (0: epochs alone decide); "
-        "dropped where max_epochs is set by hand",
-        "ours: steps, not epochs, set the length of training at small n",
-        ge=0,
-    )
-    batch_size: int = param(128, "cells in a minibatch", "sheet", ge=2)
-    learning_rate: float = param(1e-3, "Adam's learning rate", "sheet", gt=0)
+    max_epochs: int = param(100, "upper bound on passes over the cells", "original code", ge=1)
+    min_steps: int = param(0, MIN_STEPS, "ours: steps, not epochs, make few cells converge", ge=0)
+    batch_size: int = param(128, "cells in a minibatch", "original code", ge=2)
+    learning_rate: float = param(1e-3, "Adam's learning rate", "original code", gt=0)
     validation_fraction: float = param(
         0.1,
         "share of the training cells held back to find the best weights (0: keep the last)",

@@ -62,23 +62,22 @@ class Portal(Model):
 
         n_latent: int = param(20, "latent dimensions", "original code", ge=1)
         n_pcs: int = param(30, "joint principal components", "original code", ge=2)
-        n_top_genes: int = param(4000, "variable genes per domain, then intersected", "original",
-                                 ge=2)  # fmt: skip
+        n_top_genes: int = param(4000, "variable genes of each domain", "original code", ge=2)
         lambda_cos: float = param(20.0, "weight of the cosine term", "original code", ge=0)
         margin: float = param(5.0, "bound on a discriminator's logit", "original code", gt=0)
-        batch_size: int = param(500, "cells per domain and step, with replacement", "original",
-                                ge=2)  # fmt: skip
+        batch_size: int = param(500, "cells of each domain, with replacement", "original", ge=2)
         max_epochs: int = param(1, "passes over the larger domain; min_steps decides", "ours", ge=1)
-        min_steps: int = param(2000, "training steps", "original code", ge=0)
-        validation_fraction: float = param(0.0, "none: an adversarial loss has no best weights",
-                                           "original", ge=0, le=0)  # fmt: skip
-        double_lognorm: bool = param(False, "genes log-normalised twice",
-                                     "a fault of the review's script (study.md 3)")  # fmt: skip
+        min_steps: int = param(1000, "training steps", "documentation, below 20,000 cells", ge=0)
+        validation_fraction: float = param(
+            0.0, "none: an adversarial loss has no best weights", "original code", ge=0, le=0
+        )
+        double_lognorm: bool = param(False, "genes log-normalised twice", "fault of study.md 3")
 
     @staticmethod
     def _review(facts: Facts) -> dict[str, object]:
         batch_size = max(2, min(facts.n_cells // 10, 500))
-        return {"batch_size": batch_size, "lambda_cos": 10.0, "double_lognorm": True}
+        steps = {"min_steps": 2000, "batch_size": batch_size}
+        return {**steps, "lambda_cos": 10.0, "double_lognorm": True}
 
     presets: ClassVar = {"review": _review}
 

@@ -168,7 +168,7 @@ def _best(
     best = ranking[0]
     top = final[best]
     text = (
-        f"At {size:,} cells, {best} has the best {title} on {PARTS[part]}: {top.value:.2f} "
+        f"At {size:,} cells, {best} has the best {title} on {PARTS[part]}: {top.value:.3f} "
         f"({_count(len(top.values), 'replicate')}, median)"
     )
     linear = [variant for variant in ranking if results.is_linear(variant)]
@@ -181,20 +181,20 @@ def _best(
         rival = deep[0]
         text += (
             f". It is a linear baseline: the best deep model, {rival} "
-            f"({final[rival].value:.2f}), is {top.value - final[rival].value:.2f} below it, "
+            f"({final[rival].value:.3f}), is {top.value - final[rival].value:.3f} below it, "
             f"{_noise_clause(top, final[rival])}."
         )
     else:
         rival = linear[0]
         text += (
-            f", {top.value - final[rival].value:.2f} above the best linear baseline, {rival} "
-            f"({final[rival].value:.2f}), {_noise_clause(top, final[rival])}."
+            f", {top.value - final[rival].value:.3f} above the best linear baseline, {rival} "
+            f"({final[rival].value:.3f}), {_noise_clause(top, final[rival])}."
         )
     if not is_number(top.null):
         return [text, "No permutation null was computed, so chance is not accounted for."]
     over_null = (
-        f"With the labels shuffled, the same embeddings would score {top.null:.2f}: "
-        f"{best} is {top.value - top.null:.2f} above chance."
+        f"With the labels shuffled, the same embeddings would score {top.null:.3f}: "
+        f"{best} is {top.value - top.null:.3f} above chance."
     )
     return [text, over_null]
 
@@ -213,15 +213,15 @@ def _more_cells(
     gain = high.value - low.value
     verb = "gained" if gain >= 0 else "lost"
     text = (
-        f"From {first:,} to {last:,} cells, {best} {verb} {abs(gain):.2f} in {title} "
-        f"({low.value:.2f} to {high.value:.2f}), {_noise_clause(high, low)}."
+        f"From {first:,} to {last:,} cells, {best} {verb} {abs(gain):.3f} in {title} "
+        f"({low.value:.3f} to {high.value:.3f}), {_noise_clause(high, low)}."
     )
     if len(found) == 2:
         return [text]
     before, middle = found[-2]
     step = high.value - middle.value
     return [
-        f"{text} Of this, the last step, from {before:,} to {last:,} cells, brought {step:+.2f}, "
+        f"{text} Of this, the last step, from {before:,} to {last:,} cells, brought {step:+.3f}, "
         f"{_noise_clause(high, middle)}."
     ]
 
@@ -249,8 +249,8 @@ def _noise_clause(a: Score, b: Score) -> str:
     if not is_number(spread):
         return "but with one replicate the noise is unknown"
     if abs(a.value - b.value) < spread:
-        return f"which is within noise (standard deviation of replicates {spread:.2f})"
-    return f"which is more than replicates differ (standard deviation {spread:.2f})"
+        return f"which is within noise (standard deviation of replicates {spread:.3f})"
+    return f"which is more than replicates differ (standard deviation {spread:.3f})"
 
 
 def _sizes(results: Results, part: str, metric: str) -> list[int]:

@@ -78,6 +78,11 @@ class Results:
     cards: Mapping[str, Card]
 
     @property
+    def ledger(self) -> Ledger:
+        """Where everything here comes from."""
+        return Ledger(self.folder)
+
+    @property
     def plan(self) -> Mapping[str, Any]:
         """The plan, as `Plan.to_dict` describes it."""
         return dict(self.study["plan"])
