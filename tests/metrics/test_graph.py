@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scanpy as sc
@@ -49,3 +52,15 @@ def test_few_or_identical_cells_have_a_graph(n):
         assert graph.shape == (n, n)
         assert graph.nnz > 0
         assert louvain_partitions(graph).shape == (20, n)
+
+
+def test_neighbours_leave_the_number_of_threads_alone():
+    """Numba raises it on its first call, torch's too: in a fresh process, as users start."""
+    code = """
+import numpy as np, torch
+from coembed.metrics.graph import neighbours
+torch.set_num_threads(1)
+neighbours(np.random.default_rng(0).standard_normal((60, 3)))
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -90,7 +92,9 @@ def test_absence_is_of_a_cell() -> None:
     fused = product_of_experts([a, b], prior=prior(), present=[mask("11100"), mask("10110")])
     cell = lambda q, i: Gaussian(q.mean[i : i + 1], q.log_var[i : i + 1])  # noqa: E731
     for i, here in enumerate([[a, b], [a], [a, b], [b], []]):
-        expected = product_of_experts([cell(q, i) for q in here], prior=prior()) if here else prior()
+        expected = (
+            product_of_experts([cell(q, i) for q in here], prior=prior()) if here else prior()
+        )
         close(cell(fused, i), expected)
 
 
@@ -107,7 +111,7 @@ def test_the_prior_is_counted_once(seed: int) -> None:
 def test_more_experts_are_never_less_sure() -> None:
     some = experts(2, 4)
     variances = [product_of_experts(some[:n], prior=prior()).log_var for n in range(1, 5)]
-    assert all((after < before).all() for before, after in zip(variances, variances[1:], strict=False))
+    assert all((after < before).all() for before, after in pairwise(variances))
 
 
 def test_product_gradients_are_those_of_finite_differences() -> None:

@@ -21,14 +21,20 @@ def test_mlp_layout() -> None:
     assert names(mlp((3, 4, 5))) == unit * 2
     assert names(mlp((3, 4, 5), last=False)) == [*unit, "Linear"]
     assert names(mlp((3, 4, 5), norm=True, activation=nn.LeakyReLU)) == normed * 2
-    assert names(mlp((3, 4, 5), norm=True, activation=nn.LeakyReLU, last=False)) == [*normed, "Linear"]
+    assert names(mlp((3, 4, 5), norm=True, activation=nn.LeakyReLU, last=False)) == [
+        *normed,
+        "Linear",
+    ]
     assert names(mlp((3, 4), last=False)) == ["Linear"]
     assert names(mlp((3,))) == []
 
 
 def test_mlp_widths() -> None:
     net = mlp((3, 4, 5), norm=True)
-    assert [(m.in_features, m.out_features) for m in net if isinstance(m, nn.Linear)] == [(3, 4), (4, 5)]
+    assert [(m.in_features, m.out_features) for m in net if isinstance(m, nn.Linear)] == [
+        (3, 4),
+        (4, 5),
+    ]
     assert [m.num_features for m in net if isinstance(m, nn.BatchNorm1d)] == [4, 5]
     assert net(torch.zeros(7, 3)).shape == (7, 5)
     assert sum(p.numel() for p in net.parameters()) == (3 * 4 + 4 + 8) + (4 * 5 + 5 + 10)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from torch import distributions as D
 from torch import Tensor
+from torch import distributions as D
 
 from coembed.nn.posteriors import Gaussian, Laplace
 
@@ -66,8 +66,13 @@ def test_kl_is_zero_at_the_prior_and_has_the_right_gradient(kind: type) -> None:
     assert torch.autograd.gradcheck(lambda m, w: kind(m, w).kl(prior), leaves)
 
 
-@pytest.mark.parametrize("q", [Gaussian(torch.tensor([1.5, -2.0]), torch.tensor([0.5, -3.0])),
-                               Laplace(torch.tensor([1.5, -2.0]), torch.tensor([0.4, 3.0]))])  # fmt: skip
+@pytest.mark.parametrize(
+    "q",
+    [
+        Gaussian(torch.tensor([1.5, -2.0]), torch.tensor([0.5, -3.0])),
+        Laplace(torch.tensor([1.5, -2.0]), torch.tensor([0.4, 3.0])),
+    ],
+)
 def test_samples_follow_the_distribution(q: Gaussian | Laplace) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import CPU, Line, inputs, line_loss, line_stage, train
 from torch import Tensor, nn
+from toys import CPU, Line, inputs, line_loss, line_stage, train
 
 from coembed.data.minibatches import Batch, Shuffled
 from coembed.errors import ParameterError
@@ -90,7 +90,9 @@ def test_it_learns_and_reports_every_named_term() -> None:
     }  # fmt: skip
     for row in history:
         assert row["train_error"] + row["train_size"] == pytest.approx(row["train_loss_line"])
-        assert row["validation_error"] + row["validation_size"] == pytest.approx(row["validation_loss"])
+        assert row["validation_error"] + row["validation_size"] == pytest.approx(
+            row["validation_loss"]
+        )
     assert [row["epoch"] for row in history] == list(range(1, 41))
     assert [row["step"] for row in history] == [5 * epoch for epoch in range(1, 41)]
     assert (outcome.epochs, outcome.steps, outcome.stopped) == (40, 200, "cap")
@@ -99,9 +101,7 @@ def test_it_learns_and_reports_every_named_term() -> None:
 
 
 def test_only_the_players_parameters_count_as_trained() -> None:
-    _, outcome, _ = train(
-        lambda net: [line_stage(net.head, loss=line_loss(net), epochs=2)]
-    )
+    _, outcome, _ = train(lambda net: [line_stage(net.head, loss=line_loss(net), epochs=2)])
     assert outcome.parameters_trained == 9
     assert outcome.parameters > 9
 
@@ -113,13 +113,11 @@ def test_no_stage_is_no_training() -> None:
     assert (outcome.status, outcome.stopped, outcome.steps) == ("ok", "none", 0)
 
 
-def test_a_long_plan_looks_at_validation_a_hundred_times() -> None:
-    _, outcome, history = train(plain(epochs=150, patience=1000))
-    assert outcome.epochs == 150
-    assert len(history) == 150
-    _, outcome, history = train(plain(epochs=250, patience=1000))
-    assert outcome.epochs == 250
-    assert [row["epoch"] for row in history] == list(range(2, 251, 2))
+def test_a_long_plan_looks_at_validation_about_a_hundred_times() -> None:
+    _, outcome, history = train(plain(epochs=205, patience=1000))
+    assert outcome.epochs == 205
+    assert [row["epoch"] for row in history] == [*range(2, 205, 2), 205]
+    assert [row["step"] for row in history][-2:] == [1020, 1025]
 
 
 def test_stages_follow_each_other() -> None:
@@ -149,13 +147,14 @@ def scripted(net: nn.Module, losses: list[float]) -> Callable[..., dict[str, Ten
     return loss
 
 
-def scripted_stage(net: nn.Module, losses: list[float], patience: int) -> Stage:
+def scripted_stage(net: nn.Module, losses: list[float], patience: int, *, redone: int = 0) -> Stage:
+    """A stage with a look per loss; `redone` looks are those of rounds that are done again."""
     rows = np.arange(10)
     return Stage(
         name="scripted",
         players=[Player("p", [net.head], scripted(net, losses), lr=1e-2)],
         sampler=Shuffled([(("xy",), rows)], 10),
-        epochs=len(losses),
+        epochs=len(losses) - redone,
         validation=[{"xy": rows}],
         patience=patience,
     )
@@ -335,10 +334,10 @@ def test_a_divergence_ends_the_plan() -> None:
 
 def test_a_validation_loss_that_is_not_finite_is_a_divergence_too() -> None:
     losses = [3.0, math.nan] + [2.0] * 10
-    *_, outcome, rounds = biases(lambda net: scripted_stage(net, losses, 20))
+    *_, outcome, rounds = biases(lambda net: scripted_stage(net, losses, 20, redone=1))
     assert outcome.status == "ok"
-    assert "validation_loss is nan" in outcome.events[0]["reason"]
-    assert rounds == 11 or rounds == 12
+    assert [event["reason"] for event in outcome.events] == ["validation_loss is nan"]
+    assert rounds == 11
 
 
 def test_a_guard_without_restarts_gives_up_at_once() -> None:

@@ -6,15 +6,16 @@ import math
 
 import numpy as np
 import pytest
-from toys import Line, line_stage
 from torch import nn
+from toys import Line, line_stage
 
 from coembed.train.guard import Guard
 from coembed.train.stage import Clock, Player, WarmUp
 
 
 @pytest.mark.parametrize(
-    ("step", "weight"), [(0, 0.0), (10, 0.2), (25, 0.5), (49, 0.98), (50, 1.0), (99, 1.0), (500, 1.0)]
+    ("step", "weight"),
+    [(0, 0.0), (10, 0.2), (25, 0.5), (49, 0.98), (50, 1.0), (99, 1.0), (500, 1.0)],
 )
 def test_a_warm_up_rises_linearly_over_its_share_of_the_plan(step: int, weight: float) -> None:
     assert WarmUp(0.5)(Clock(step, 100)) == pytest.approx(weight)

@@ -39,7 +39,7 @@ def inputs(n: int = 60, noise: float = 0.1) -> Inputs:
 
 
 class Line(nn.Module):
-    """Two layers with dropout, so that training uses torch's random numbers; batch norm's buffers."""
+    """Two layers with dropout, for torch's random numbers, and batch norm, for buffers."""
 
     def __init__(self) -> None:
         super().__init__()

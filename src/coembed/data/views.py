@@ -20,8 +20,9 @@ class LogNormalise(Step):
         self.scale = scale
 
     def apply(self, block: Block) -> Block:
-        """Keep sparsity."""
-        return replace(block, x=log_normalised(block.x, block.totals, self.scale))
+        """Keep sparsity. The new totals are those of the new values."""
+        x = log_normalised(block.x, block.totals, self.scale)
+        return replace(block, x=x, totals=np.asarray(x.sum(axis=1)).ravel())
 
 
 class Binarise(Step):

@@ -32,10 +32,14 @@ def neighbours(embedding: np.ndarray, k: int = 15, seed: int = 0) -> sparse.csr_
         (n, n) symmetric, float32, in (0, 1] where two cells are neighbours.
     """
     from anndata import AnnData
+    from threadpoolctl import threadpool_limits
 
     scanpy = _import_quietly("scanpy")
     cells = AnnData(np.asarray(embedding))
-    with warnings.catch_warnings():  # identical cells: scanpy then alters a sparse matrix, slowly
+    # numba raises the number of threads of every OpenMP library, torch's among them; a training
+    # that follows in this process would have other bits and, on a busy machine, crawl.
+    with threadpool_limits(), warnings.catch_warnings():
+        # of identical cells, for which scanpy alters a sparse matrix, slowly
         warnings.simplefilter("ignore", sparse.SparseEfficiencyWarning)
         scanpy.pp.neighbors(
             cells,

@@ -67,7 +67,9 @@ class Cobolt(Model):
 
         n_latent: int = param(10, "number of topics K", "tutorial and review", ge=2)
         learning_rate: float = param(0.005, "Adam's learning rate", "original code", gt=0)
-        warm_up: float = param(0.3, "share of the plan in which the KL's weight rises", "original")
+        warm_up: float = param(
+            0.3, "share of the plan in which the KL's weight rises", "original", ge=0, le=1
+        )
         n_top_genes: int = param(4000, "most variable genes kept", "review", ge=2)
         lognorm_input: bool = param(False, "normalised values for counts", "fault of study.md 3")
         slice_normalisation: bool = param(

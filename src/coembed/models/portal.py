@@ -85,15 +85,15 @@ class Portal(Model):
         """Variable genes of both domains, log-normalised, scaled apart, in joint PCs."""
         p = self.params
 
-        def scaled() -> list[Step]:
+        def scaled(*first: Step) -> list[Step]:
             ranked = HighlyVariable(p.n_top_genes, flavour="seurat_v3")
-            return [ranked, LogNormalise(), Standardise(clip=10, two_sided=False)]
+            return [*first, ranked, LogNormalise(), Standardise(clip=10, two_sided=False)]
 
-        rna, atac = scaled(), [GeneActivity(var["rna"]), *scaled()]
-        if p.double_lognorm:
-            rna.insert(2, LogNormalise())
-        joint = [SharedFeatures(p.n_pcs), JointPCs(p.n_pcs)]
-        return Pipeline({"rna": rna, "atac": atac}, joint=joint)
+        rna = scaled(LogNormalise()) if p.double_lognorm else scaled()
+        return Pipeline(
+            {"rna": rna, "atac": scaled(GeneActivity(var["rna"]))},
+            joint=[SharedFeatures(p.n_pcs), JointPCs(p.n_pcs)],
+        )
 
     def build(self, net: Networks) -> None:
         """Two of each of E, G and D; every weight and bias N(0, 0.1^2)."""

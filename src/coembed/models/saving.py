@@ -98,7 +98,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(path.read_text())
         claimed, version = facts.pop("sha256"), facts["format_version"]
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ModelFileError("cannot be read", where=str(path), remedy=again) from error
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ModelFileError(
@@ -113,9 +113,9 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def load_model(folder: str | Path, data: Any = None) -> Model:
     """Return a saved model of whatever system; see `Model.load`."""
-    from coembed.models.base import Model
+    from coembed.models import get_model
 
-    return load(Model, Path(folder), data)
+    return get_model(read_description(Path(folder))["model"]).load(folder, data)
 
 
 def load(cls: type[M], folder: Path, data: Any = None) -> M:

@@ -70,11 +70,16 @@ class ScMM(Model):
         hidden_rna: int = param(200, "width of the RNA layers (with peaks: 500)", "paper", ge=1)
         hidden_other: int = param(200, "width of the other layers (peaks: 100)", "paper", ge=1)
         learning_rate: float = param(
-            1e-3, "Adam's learning rate (AMSGrad)", "ours: the paper's 2e-3 diverges, 1e-4 is slow"
+            1e-3,
+            "Adam's learning rate (AMSGrad)",
+            "ours: the paper's 2e-3 diverges, 1e-4 is slow",
+            gt=0,
         )
         max_epochs: int = param(50, "passes over the cells (with peaks: 100)", "paper", ge=1)
         min_steps: int = param(1000, MIN_STEPS, "ours: BMMC pilots at 100-480 cells", ge=0)
-        warm_up: float = param(0.5, "share of the plan in which the KL's weight rises", "paper")
+        warm_up: float = param(
+            0.5, "share of the plan in which the KL's weight rises", "paper", ge=0, le=1
+        )
         n_top_genes: int = param(4000, "most variable genes kept", "review", ge=2)
         all_peaks: bool = param(False, "every peak, not the top ones", "fault of study.md 3")
         sticky_lr: bool = param(False, "2e-4 at every size", "fault of study.md 3")

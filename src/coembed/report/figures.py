@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from coembed.report.umaps import Cloud
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B4E9B", "#5B6670")
 """Okabe and Ito's, safe for colour-blind readers, with violet and grey for yellow and black."""
 
 MARKERS = "osD^vPX"
 GREY = "#c9ced3"
+DPI = 150
 _LEAST_RANGE = 0.1
 
 
@@ -79,7 +82,8 @@ def _heat_map(picture: Picture, axis: Axes, results: Results, metric: str, part:
     for y, variant in enumerate(results.variants):
         for x, size in enumerate(results.sizes):
             score = results.score(part, metric, variant, size)
-            face, ink, text = "#f1f3f5", "#5b6670", "–"
+            face: Any = "#f1f3f5"
+            ink, text = "#5b6670", "–"
             if score is not None and is_number(score.value):
                 fraction = (score.value - low) / (high - low)
                 face = colormaps["viridis"](0.12 + 0.88 * fraction)
@@ -279,7 +283,7 @@ def _cost(
     shade = colour(results, variant)
     groups = lines.groupby("size")[column]
     mean = groups.mean()
-    half = 1.96 * groups.std() / np.sqrt(groups.count())
+    half: pd.Series = 1.96 * groups.std() / np.sqrt(groups.count())
     low = np.maximum(mean - half, lines[column].min() / 2)
     axis.fill_between(mean.index, low, mean + half, color=shade, alpha=0.15, lw=0)
     axis.plot(mean.index, mean, color=shade, linewidth=1.8)
@@ -295,12 +299,12 @@ def _cost(
     )  # fmt: skip
 
 
-def umaps(results: Results, points: dict[tuple[str, int], pd.DataFrame]) -> Picture:
+def umaps(results: Results, clouds: dict[tuple[str, int], Cloud]) -> Picture:
     """Draw UMAPs coloured by label, one row per size (the review's Figs 4 and 5).
 
     Args:
         results: of the study.
-        points: (variant, size) -> one line per cell: x, y, label; attrs: replicate and key.
+        clouds: (variant, size) -> the cells of one embedding.
     """
     sizes = sorted({results.sizes[0], results.sizes[-1]})
     columns = min(6, len(results.variants))
@@ -309,18 +313,23 @@ def umaps(results: Results, points: dict[tuple[str, int], pd.DataFrame]) -> Pict
     labels = labels[labels.index != ""]
     shades = dict(zip(labels.index, label_colours(len(labels)), strict=True))
     legend_columns = max(1, round(1.1 * columns))
-    heights = [2.5 * rows, 0.3 + 0.19 * math.ceil((len(labels) + 1) / legend_columns)]
+    heights = [2.5 * rows, 0.2 + 0.17 * math.ceil((len(labels) + 1) / legend_columns)]
+    sources = "; ".join(
+        f"{variant}, {size:,} cells: replicate {cloud.replicate} [{short(cloud.key)}]"
+        for (variant, size), cloud in clouds.items()
+    )
     picture = Picture(
         "umaps",
         "UMAPs",
         "Embeddings of training cells, columns standardised, in two dimensions (umap-learn, seed "
-        "142), coloured by label. A number stands at the middle of each label's cells. Grey: cells "
-        "without a label. Distances between groups mean little in such a picture.",
+        "142), coloured by label; grey: cells without one. A number stands on the middle cell of "
+        "each label that has 2 % of the cells. Distances between groups mean little in such a "
+        f"picture. {sources}.",
         "Scatter plots of embedded cells, coloured by cell type, one per model and size.",
         _figure(results, max(4.6, 2.3 * columns), sum(heights)),
     )
     with style():
-        plots, key = picture.figure.subfigures(2, 1, height_ratios=heights)
+        plots, key = picture.figure.subfigures(2, 1, height_ratios=heights, squeeze=False).flat
         grid = plots.subplots(rows, columns, squeeze=False)
         for axis in grid.flat:
             axis.set_axis_off()
@@ -328,42 +337,48 @@ def umaps(results: Results, points: dict[tuple[str, int], pd.DataFrame]) -> Pict
             for row, size in enumerate(sizes):
                 axis = grid[(index // columns) * len(sizes) + row, index % columns]
                 axis.set_title(f"{printable(variant)}, {size:,} cells", fontsize=9)
-                _scatter(axis, points.get((variant, size)), shades)
-        _label_legend(key, labels, shades, legend_columns)
+                _scatter(axis, clouds.get((variant, size)), shades)
+        _label_legend(key, shades, "" in set(results.cells["label"]), legend_columns)
     return picture
 
 
-def _scatter(axis: Axes, table: pd.DataFrame | None, shades: dict[str, Any]) -> None:
-    if table is None:
+def _scatter(axis: Axes, cloud: Cloud | None, shades: dict[str, Any]) -> None:
+    if cloud is None:
         axis.text(0.5, 0.5, "no embedding", ha="center", va="center", color="#5b6670",
                   transform=axis.transAxes)  # fmt: skip
         return
-    known = table["label"].isin(list(shades))
-    size = float(np.clip(1500 / len(table), 1.0, 9.0))
+    # Drawn in a random order, so that no label is always on top.
+    order = np.random.default_rng(0).permutation(len(cloud.xy))
+    xy, labels = cloud.xy[order], cloud.labels[order]
+    known = np.isin(labels, list(shades))
+    size = float(np.clip(1500 / len(xy), 1.0, 9.0))
     common: dict[str, Any] = {"s": size, "linewidths": 0, "rasterized": True}
-    axis.scatter(table.loc[~known, "x"], table.loc[~known, "y"], color=GREY, **common)
-    seen = table[known].sample(frac=1, random_state=0)  # no label always on top
-    axis.scatter(seen["x"], seen["y"], c=[shades[label] for label in seen["label"]], **common)
+    x, y = xy.T
+    axis.scatter(x[~known], y[~known], color=GREY, **common)
+    axis.scatter(x[known], y[known], c=[shades[label] for label in labels[known]], **common)
     for number, label in enumerate(shades, 1):
-        cells = seen[seen["label"] == label]
-        if len(cells) >= max(5, 0.02 * len(table)):
-            _number(axis, float(cells["x"].median()), float(cells["y"].median()), number)
+        cells = xy[labels == label]
+        if len(cells) >= max(5, 0.02 * len(xy)):
+            # On the cell nearest to the middle, which itself may lie between two groups.
+            middle = np.square(cells - np.median(cells, axis=0)).sum(axis=1).argmin()
+            _number(axis, cells[middle], str(number))
 
 
-def _number(axis: Axes, x: float, y: float, number: int) -> None:
+def _number(axis: Axes, place: np.ndarray, text: str) -> None:
     from matplotlib.patheffects import withStroke
 
-    axis.text(x, y, str(number), fontsize=6.5, fontweight="bold", ha="center", va="center",
-              color="#1d252c", path_effects=[withStroke(linewidth=1.8, foreground="white")],
-              )  # fmt: skip
+    halo = [withStroke(linewidth=1.8, foreground="white")]
+    axis.text(place[0], place[1], text, fontsize=6.5, fontweight="bold", ha="center", va="center",
+              color="#1d252c", path_effects=halo)  # fmt: skip
 
 
-def _label_legend(figure: Any, labels: pd.Series, shades: dict[str, Any], columns: int) -> None:
+def _label_legend(figure: Any, shades: dict[str, Any], unlabelled: bool, columns: int) -> None:
     from matplotlib.lines import Line2D
 
-    names = enumerate(labels.index, 1)
-    entries = [(f"{number} {printable(str(name))}", shades[name]) for number, name in names]
-    entries.append(("without a label", GREY))
+    names = enumerate(shades.items(), 1)
+    entries = [(f"{number} {printable(name)}", shade) for number, (name, shade) in names]
+    if unlabelled:
+        entries.append(("without a label", GREY))
     handles = [
         Line2D([], [], marker="o", linestyle="", color=shade, markersize=5, label=text)
         for text, shade in entries
@@ -392,16 +407,14 @@ def _offsets(results: Results, reach: float) -> dict[str, float]:
 
 def _figure(results: Results, width: float, height: float) -> Figure:
     """Return an empty figure, in inches; simulated data are called so on it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with style():
         layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
-        figure = Figure(figsize=(width, height), layout=layout)
+        figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
         if results.card["simulated"]:
             figure.suptitle("simulated data", x=0.995, ha="right", fontsize=8, color="#8a6d1d")
-    FigureCanvasAgg(figure)
     return figure
 
 
@@ -437,7 +450,7 @@ def _powers(low: float, high: float) -> tuple[float, float]:
 
 
 def _plain(value: float, _: Any) -> str:
-    return f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _legend(figure: Figure, results: Results, more: list[Any] | None = None) -> None:

@@ -54,9 +54,8 @@ class Headline:
 
 
 def noise(a: Score, b: Score) -> float:
-    """Return the replicate spread of a difference: the larger of the two standard deviations."""
-    known = [sd for sd in (a.sd, b.sd) if is_number(sd)]
-    return max(known) if known else np.nan
+    """Return what a difference must exceed: the larger of the two scores' noise; NaN if unknown."""
+    return float(np.fmax(a.noise, b.noise))
 
 
 def verdict(a: Score, b: Score) -> str:
@@ -169,7 +168,7 @@ def _best(
     top = final[best]
     text = (
         f"At {size:,} cells, {best} has the best {title} on {PARTS[part]}: {top.value:.3f} "
-        f"({_count(len(top.values), 'replicate')}, median)"
+        f"(median of {_count(len(top.values), 'replicate')})"
     )
     linear = [variant for variant in ranking if results.is_linear(variant)]
     deep = [variant for variant in ranking if variant not in linear]
@@ -221,7 +220,7 @@ def _more_cells(
     before, middle = found[-2]
     step = high.value - middle.value
     return [
-        f"{text} Of this, the last step, from {before:,} to {last:,} cells, brought {step:+.3f}, "
+        f"{text} The last step, from {before:,} to {last:,} cells, brought {step:+.3f}, "
         f"{_noise_clause(high, middle)}."
     ]
 
@@ -249,8 +248,8 @@ def _noise_clause(a: Score, b: Score) -> str:
     if not is_number(spread):
         return "but with one replicate the noise is unknown"
     if abs(a.value - b.value) < spread:
-        return f"which is within noise (standard deviation of replicates {spread:.3f})"
-    return f"which is more than replicates differ (standard deviation {spread:.3f})"
+        return f"which is within noise (replicates differ by {spread:.3f}, standard deviation)"
+    return f"which is beyond noise (replicates differ by {spread:.3f}, standard deviation)"
 
 
 def _sizes(results: Results, part: str, metric: str) -> list[int]:

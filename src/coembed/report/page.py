@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from coembed import __version__
@@ -19,7 +21,7 @@ from coembed.report import figures
 from coembed.report.findings import MIN_MODELS, headline, rank_correlations
 from coembed.report.picture import FORMATS, Picture
 from coembed.report.results import GROUPS, PARTS, Results, load, short
-from coembed.report.umaps import coordinates
+from coembed.report.umaps import Cloud, coordinates
 
 REVIEW = {
     "text": "Brombacher E, Hackenberg M, Kreutz C, Binder H, Treppner M. The performance of deep "
@@ -153,27 +155,24 @@ def _pictures(results: Results) -> dict[str, Picture]:
         drawn += [figures.curves(results, part), figures.boxes(results, part)]
     if len(results.runs):
         drawn.append(figures.cost(results))
-    points = _points(results)
-    if points:
-        drawn.append(figures.umaps(results, points))
+    if clouds := _clouds(results):
+        drawn.append(figures.umaps(results, clouds))
     return {picture.name: picture for picture in drawn}
 
 
-def _points(results: Results) -> dict[tuple[str, int], pd.DataFrame]:
-    """Return the UMAPs of the first replicate with an embedding, at the extreme sizes."""
+def _clouds(results: Results) -> dict[tuple[str, int], Cloud]:
+    """Return the first replicate that can be drawn, of each variant at the extreme sizes."""
     found = {}
     for variant in results.variants:
-        for size in {results.sizes[0], results.sizes[-1]}:
+        for size in sorted({results.sizes[0], results.sizes[-1]}):
             for row in results.rows_of(variant, size):
-                if (table := _points_of(results, row)) is not None:
-                    found[variant, size] = table
+                if (cloud := _cloud(results, row)) is not None:
+                    found[variant, size] = cloud
                     break
     return found
 
 
-def _points_of(results: Results, row: dict[str, Any]) -> pd.DataFrame | None:
-    import numpy as np
-
+def _cloud(results: Results, row: dict[str, Any]) -> Cloud | None:
     if row["embedding"] is None:
         return None
     arrays = results.ledger.embedding(row["key"])
@@ -182,15 +181,13 @@ def _points_of(results: Results, row: dict[str, Any]) -> pd.DataFrame | None:
         return None
     if rows.min() < 0 or rows.max() >= len(results.cells):
         raise StudyError(
-            f"names {len(results.cells)} cells, and an embedding has cell {rows.max()}",
+            f"has {len(results.cells)} cells, and an embedding names cell {rows.max()}",
             where=str(results.folder / "cells.csv"),
             remedy="Run the study again: it writes this file first and repeats no task",
         )
     xy = coordinates(train, results.folder / "umap" / f"{row['key']}.csv")
-    labels = results.cells["label"].to_numpy()[rows]
-    table = pd.DataFrame({"x": xy[:, 0], "y": xy[:, 1], "label": labels})
-    table.attrs = {"replicate": row["task"]["replicate"], "key": row["key"]}
-    return table
+    labels = results.cells["label"].to_numpy(str)[rows]
+    return Cloud(xy, labels, row["task"]["replicate"], row["key"])
 
 
 def _score_table(results: Results) -> pd.DataFrame:
@@ -203,13 +200,12 @@ def _score_table(results: Results) -> pd.DataFrame:
 def _cautions(results: Results) -> list[str]:
     """Return what a reader must know before believing the numbers."""
     said = []
-    failed = pd.Series([row["status"] for row in results.rows if row["status"] != "ok"])
-    if len(failed):
-        counts = failed.str.replace("_", " ").value_counts()
-        kinds = ", ".join(f"{n} {status}" for status, n in counts.items())
+    failed = Counter(row["status"] for row in results.rows if row["status"] != "ok")
+    if failed:
+        kinds = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in failed.items())
         said.append(
-            f"{len(failed)} of {len(results.rows)} tasks did not end well ({kinds}) and are in no "
-            "median; they are listed under Failures."
+            f"{failed.total()} of {len(results.rows)} tasks did not end well ({kinds}) and are in "
+            "no median; they are listed under Failures."
         )
     if results.not_run > 0:
         said.append(
@@ -271,8 +267,7 @@ def _runs(results: Results) -> list[Runs]:
             ]
             median = table[["parameters", "parameters_trained", "cpu_s", "peak_memory_mb"]].median()
             low, high = table["epochs"].min(), table["epochs"].max()
-            reasons = pd.Series([STOPPED.get(row["stopped"], "unknown") for row in rows])
-            reasons = reasons.value_counts()
+            reasons = Counter(STOPPED.get(row["stopped"], "unknown") for row in rows)
             lines.append(
                 Runs(
                     variant,
@@ -293,8 +288,8 @@ def _correlations(results: Results, part: str) -> dict[str, list[str]]:
     """Return title of a metric -> a text per size, those that could be computed."""
     table = rank_correlations(results, part)
     texts = {
-        (line.metric, line.size): f"{_number(line.rho, '+.2f')} (n = {line.n})"
-        for line in table.itertuples(index=False)
+        (line["metric"], line["size"]): f"{_number(line['rho'], '+.2f')} (n = {line['n']})"
+        for line in table.to_dict("records")
     }
     return {
         title: [texts.get((metric, size), "–") for size in results.sizes]
@@ -327,14 +322,8 @@ def _references(results: Results) -> list[dict[str, str]]:
     """Return one reference per model of the study."""
     found = []
     for model in dict.fromkeys(results.variants.values()):
-        card = results.cards.get(model)
-        found.append(
-            {"name": card.title, "text": card.reference, "url": card.url}
-            if card
-            else {
-                "name": model,
-                "text": "no reference is known to this version of coembed",
-                "url": "",
-            }
-        )
+        if (card := results.cards.get(model)) is not None:
+            found.append({"name": card.title, "text": card.reference, "url": card.url})
+        else:
+            found.append({"name": model, "text": "No reference is known here", "url": ""})
     return found

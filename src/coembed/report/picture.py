@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from coembed.files import write_atomically
@@ -54,20 +55,12 @@ class Picture:
     def save(self, folder: Path, formats: Sequence[str]) -> None:
         """Write `<name>.<format>` to `folder`, each atomically. Raises OutputError."""
         for kind in formats:
-            # No dates: the same study gives the same files.
-            dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {})
-
-            def write(path: Path, kind: str = kind, dates: dict[str, Any] = dates) -> None:
-                with style():
-                    self.figure.savefig(path, format=kind, dpi=160, metadata=dates)
-
-            write_atomically(folder / f"{self.name}.{kind}", write)
+            write_atomically(folder / f"{self.name}.{kind}", partial(self._draw, kind))
 
     def svg(self) -> str:
         """Return an `<svg>` element: ids unique in the page, and a `<title>` on every mark."""
         content = io.BytesIO()
-        with style():
-            self.figure.savefig(content, format="svg", dpi=130, metadata={"Date": None})
+        self._draw("svg", content)
         ElementTree.register_namespace("", _SVG)
         ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
         root = ElementTree.fromstring(content.getvalue())
@@ -87,6 +80,27 @@ class Picture:
         root.set("role", "img")
         root.set("aria-label", self.alt)
         return ElementTree.tostring(root, encoding="unicode")
+
+    def _draw(self, kind: str, target: Path | io.BytesIO) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.backends.backend_pdf import FigureCanvasPdf
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        with style():
+            layout = self.figure.get_layout_engine()
+            if isinstance(layout, ConstrainedLayoutEngine):
+                # Once for all its files: it takes as long as drawing.
+                layout.execute(self.figure)
+                self.figure.set_layout_engine("none")
+            # Not by `savefig`, which draws everything twice. No dates: the same study gives the
+            # same files.
+            if kind == "png":
+                FigureCanvasAgg(self.figure).print_png(target)
+            elif kind == "pdf":
+                FigureCanvasPdf(self.figure).print_pdf(target, metadata={"CreationDate": None})
+            else:
+                FigureCanvasSVG(self.figure).print_svg(target, metadata={"Date": None})
 
     def _hover(self, element: ElementTree.Element) -> None:
         texts = self.hovers.get(element.get("id", ""))

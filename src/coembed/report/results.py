@@ -40,6 +40,8 @@ class Score:
         value: median over replicates; NaN where none is defined.
         null: median of the permutation nulls.
         sd: standard deviation over replicates; NaN below two.
+        noise: by how much a replicate may differ by chance: `sd`, but where all cells there are
+            are trained on, so that replicates share them, at least the sd of the next smaller size.
         values: (replicates,) the defined ones.
         keys: their ledger keys.
         undefined: how many of them are the review's value of something undefined.
@@ -49,6 +51,7 @@ class Score:
     value: float
     null: float
     sd: float
+    noise: float
     values: tuple[float, ...]
     keys: tuple[str, ...]
     undefined: int
@@ -149,7 +152,10 @@ class Results:
     def titles(self) -> dict[str, str]:
         """Metric -> title, in the order of the figures; known orders beyond the first included."""
         more = sorted(set(self.scores["metric"]) - BIOLOGY.keys() - TECHNICAL.keys())
-        return {**BIOLOGY, **{name: name.replace("_", " ", 1) for name in more}, **TECHNICAL}
+        # The benchmark's columns begin like this (study.md section 1).
+        names = {name: name.split("_", 1)[-1].removeprefix("pseudotime_order_") for name in more}
+        orders = {name: f"Trajectory, {order}" for name, order in names.items()}
+        return {**BIOLOGY, **orders, **TECHNICAL}
 
     def metrics_of(self, group: str) -> dict[str, str]:
         """Metric -> title, of "biology" or "technical"."""
@@ -163,13 +169,20 @@ class Results:
     @cached_property
     def _scores(self) -> dict[tuple[str, str, str, int], Score]:
         ok = self.scores[self.scores["status"] == "ok"]
-        found = {}
-        for name, lines in ok.groupby(["evaluated_on", "metric", "variant", "size"]):
-            defined = lines[lines["value"].notna()]
-            found[name] = Score(
+        found: dict[tuple[str, str, str, int], Score] = {}
+        # Sizes rise in a group's name, so that the next smaller one is there already.
+        for _, lines in ok.groupby(["evaluated_on", "metric", "variant", "size"], sort=True):
+            defined, one = lines[lines["value"].notna()], lines.iloc[0]
+            which, size = (one["evaluated_on"], one["metric"], one["variant"]), int(one["size"])
+            sd = noise = float(defined["value"].std())
+            if size + self.plan["held_out"] == self.card["n_cells"] and size > self.sizes[0]:
+                below = found.get((*which, self.sizes[self.sizes.index(size) - 1]))
+                noise = sd if below is None else float(np.fmax(sd, below.sd))
+            found[(*which, size)] = Score(
                 value=float(defined["value"].median()),
-                null=float(lines["null"].median()),
-                sd=float(defined["value"].std()),
+                null=float(lines["null"].dropna().median()),
+                sd=sd,
+                noise=noise,
                 values=tuple(defined["value"]),
                 keys=tuple(defined["key"]),
                 undefined=int(defined["undefined"].sum()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +19,23 @@ SEED = 142
 
 NEIGHBOURS = 15
 """umap-learn's and R umap's default."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cloud:
+    """The cells of one embedding in two dimensions.
+
+    Attributes:
+        xy: (n, 2).
+        labels: (n,), empty for a cell without one.
+        replicate: which one.
+        key: its ledger key.
+    """
+
+    xy: np.ndarray
+    labels: np.ndarray
+    replicate: int
+    key: str
 
 
 def coordinates(embedding: np.ndarray, cache: Path) -> np.ndarray:

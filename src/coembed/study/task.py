@@ -103,7 +103,7 @@ def execute(task: Task, source: Source) -> dict[str, Any]:
         The content of a ledger row (`coembed.study.ledger.new_row`), `status` included.
     """
     import torch
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     from coembed.models import get_model
 

@@ -354,7 +354,9 @@ def _total(
 
 
 def _adam(player: Player) -> torch.optim.Adam:
-    return torch.optim.Adam(player.parameters, lr=player.lr, amsgrad=player.amsgrad)
+    parameters = player.parameters
+    fused = parameters[0].device.type in ("cpu", "cuda")  # one kernel for all parameters
+    return torch.optim.Adam(parameters, lr=player.lr, amsgrad=player.amsgrad, fused=fused)
 
 
 def _clone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
