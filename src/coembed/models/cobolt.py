@@ -17,7 +17,7 @@ from coembed.data.views import counts, normalised
 from coembed.models.base import Model, Networks
 from coembed.models.bridge import bridge, subsets
 from coembed.models.card import Card, param
-from coembed.models.params import TrainingParams
+from coembed.models.params import MIN_STEPS, TrainingParams
 from coembed.nn.fusion import product_of_experts
 from coembed.nn.layers import mlp
 from coembed.nn.likelihoods import multinomial
@@ -56,6 +56,7 @@ class Cobolt(Model):
         modalities=(("rna", "prot"), ("rna", "atac"), ("prot", "atac"), ("rna", "prot", "atac")),
         abilities=("translate",),
         departures=(
+            "at least 1,500 steps, so that few cells converge",
             "embeds in evaluation mode; the original's embedding depends on a cell's neighbours "
             "in the file, because it leaves batch normalisation in training mode",
             "scikit-learn's boosted trees in place of XGBoost's",
