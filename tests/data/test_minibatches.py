@@ -115,10 +115,9 @@ def test_gather_equals_dense_indexing(inputs: Inputs) -> None:
         block = inputs.blocks[name]
         dense = block.x.toarray() if sparse.issparse(block.x) else block.x
         np.testing.assert_array_equal(batch.x[name], dense[drawn])
-        np.testing.assert_array_equal(batch.totals[name], block.totals[drawn])
         np.testing.assert_array_equal(batch.present[name], block.present[drawn])
         np.testing.assert_array_equal(batch.batch[name], inputs.batch[drawn])
-        assert batch.x[name].dtype == batch.totals[name].dtype == torch.float32
+        assert batch.x[name].dtype == torch.float32
         assert batch.present[name].dtype == torch.bool
         assert batch.batch[name].dtype == torch.int64
     assert len(batch) == 4

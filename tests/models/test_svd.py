@@ -11,12 +11,6 @@ from easy import WIDTHS, easy_cells
 class TestSVD(Contract):
     name = "svd"
     params: ClassVar = {"n_rna": 6, "n_other": 4}
-    faults: ClassVar = {
-        ("test_a_query_that_lacks_a_modality_is_embedded_or_refused", kind): (
-            "cells that lack a modality are embedded from its zeros without a word"
-        )
-        for kind in ("cite", "multiome")
-    }
 
     def test_every_cells_blocks_are_standardised(self, kind: str) -> None:
         z = self.model(kind).get_latent_representation()

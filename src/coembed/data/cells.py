@@ -118,6 +118,9 @@ class Cells:
             for part in (matrix.indptr, matrix.indices, matrix.data, self.present[role]):
                 digest.update(np.ascontiguousarray(part).tobytes())
             digest.update("\0".join(self.var[role].index.astype(str)).encode())
+            for place in ("chrom", "start", "end", "strand"):
+                if place in self.var[role]:
+                    digest.update("\0".join(self.var[role][place].astype(str)).encode())
         digest.update("\0".join(self.obs.index.astype(str)).encode())
         columns = (self.keys.batch, self.keys.site, self.keys.label, *self.keys.pseudotime)
         for column in columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,6 +12,9 @@ from scipy import sparse
 
 from coembed.data.pipeline import Array, Block, JointStep, Step
 from coembed.errors import DataError
+
+SPANS = (0.3, 0.6, 1.0)
+"""Share of the genes that seurat_v3's regression sees at a time; the first is its default."""
 
 
 class _Selection(Step):
@@ -27,7 +31,8 @@ class HighlyVariable(_Selection):
     Args:
         n_top: number of genes to keep.
         flavour: 'cell_ranger' on log-normalised counts (the review, study.md section 2) or
-            'seurat_v3' on counts (Portal).
+            'seurat_v3' on counts (Portal). Its local regression is singular where few cells give
+            few distinct means; it is then tried over a wider span (`SPANS`).
     """
 
     def __init__(self, n_top: int = 4000, flavour: str = "cell_ranger") -> None:
@@ -40,22 +45,37 @@ class HighlyVariable(_Selection):
         if len(expressed) <= self.n_top:
             self.columns = expressed
             return
+        x = x[:, expressed]
+        if self.flavour == "cell_ranger":
+            x = log_normalised(x, block.totals[block.present], 1e4)
+        self.columns = expressed[np.flatnonzero(self._chosen(x))]
+
+    def _chosen(self, x: sparse.csr_matrix) -> Array:
         import anndata
         import scanpy
+        from threadpoolctl import threadpool_limits
 
-        adata = anndata.AnnData(x[:, expressed])
-        if self.flavour == "cell_ranger":
-            adata.X = log_normalised(adata.X, block.totals[block.present], 1e4)
-        try:
-            table = scanpy.pp.highly_variable_genes(
-                adata, n_top_genes=self.n_top, flavor=self.flavour, inplace=False
-            )
-        except (ValueError, ZeroDivisionError) as error:
-            raise DataError(
-                f"the {self.flavour} ranking of genes fails on {x.shape[0]} cells ({error})",
-                remedy="Use more cells, or set the number of genes to that of the file",
-            ) from error
-        self.columns = expressed[np.flatnonzero(table["highly_variable"].to_numpy())]
+        problem = None
+        for span in SPANS if self.flavour == "seurat_v3" else SPANS[:1]:
+            # numba raises torch's number of threads; the context puts it back
+            with threadpool_limits(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # counts that are none: Portal's double_lognorm
+                try:
+                    table = scanpy.pp.highly_variable_genes(
+                        anndata.AnnData(x),
+                        n_top_genes=self.n_top,
+                        flavor=self.flavour,
+                        span=span,
+                        inplace=False,
+                    )
+                except (ValueError, ZeroDivisionError) as error:
+                    problem = error
+                else:
+                    return table["highly_variable"].to_numpy()
+        raise DataError(
+            f"the {self.flavour} ranking of genes fails on {x.shape[0]} cells ({problem})",
+            remedy="Use more cells, or set the number of genes to that of the file",
+        )
 
 
 class TopPeaks(_Selection):

@@ -22,13 +22,11 @@ class Batch:
 
     Attributes:
         x: (b, n_features) float32.
-        totals: (b,) float32, raw counts of the cell over all features of the modality.
         present: (b,) bool, whether the modality measured the cell.
         batch: (b,) int64, code of the technical batch; -1 where the model never saw it.
     """
 
     x: Mapping[str, torch.Tensor]
-    totals: Mapping[str, torch.Tensor]
     present: Mapping[str, torch.Tensor]
     batch: Mapping[str, torch.Tensor]
 
@@ -77,16 +75,15 @@ class Inputs:
 
     def gather(self, draw: Draw) -> Batch:
         """Return the minibatch of `draw` on the device."""
-        x, totals, present, batch = {}, {}, {}, {}
+        x, present, batch = {}, {}, {}
         for name, rows in draw.items():
             block = self.blocks[name]
             values = block.x[rows]
             dense = values.toarray() if isinstance(values, sparse.csr_matrix) else values
             x[name] = self._send(dense.astype(np.float32, copy=False))
-            totals[name] = self._send(block.totals[rows].astype(np.float32))
             present[name] = self._send(block.present[rows])
             batch[name] = self._send(self.batch[rows])
-        return Batch(x, totals, present, batch)
+        return Batch(x, present, batch)
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -54,6 +54,7 @@ def as_cells(
     modalities: Mapping[str, str] | None = None,
     drop_empty: bool = False,
     unpaired: bool = False,
+    query: bool = False,
     name: str | None = None,
 ) -> Cells:
     """Return `data` as checked `Cells`; nothing wrong in them is repaired silently.
@@ -77,6 +78,7 @@ def as_cells(
         drop_empty: leave out cells that have no counts in a modality that measured them, and then
             features without counts; `about["dropped"]` says how many. Otherwise they are errors.
         unpaired: allow data in which no cell was measured by two modalities.
+        query: the cells are for a trained model, for which one modality is enough.
         name: a short name; by default the file's.
 
     Returns:
@@ -101,7 +103,7 @@ def as_cells(
     of_path = isinstance(data, str | Path)
     where = str(data) if of_path else type(data).__name__
     source = read_source(data, layer)
-    parts = _by_role(source, modalities, where)
+    parts = _by_role(source, modalities, where, least=1 if query else 2)
     places = {role: f"{where}, modality '{part.name}'" for role, part in parts.items()}
     counts, var, cells = {}, {}, {}
     for role, part in parts.items():
@@ -117,7 +119,7 @@ def as_cells(
         counts[role] = checked_counts(part.matrix, cells[role], var[role].index, place, part.layers)
 
     shared, present = _union(source, parts, cells, where)
-    if not unpaired and not (np.sum(list(present.values()), axis=0) >= 2).any():
+    if not (unpaired or query) and not (np.sum(list(present.values()), axis=0) >= 2).any():
         examples = " and ".join(f"'{names[0]}' ({role})" for role, names in cells.items())
         raise DataError(
             "no cell was measured by two modalities",
@@ -172,7 +174,9 @@ def role_of(name: str) -> str | None:
     return next((role for role in ROLES if spellings & SPELLINGS[role]), None)
 
 
-def _by_role(source: Source, modalities: Mapping[str, str] | None, where: str) -> dict[str, Part]:
+def _by_role(
+    source: Source, modalities: Mapping[str, str] | None, where: str, *, least: int
+) -> dict[str, Part]:
     """Return role -> part, in the order of `ROLES`; an AnnData's columns are split first."""
     parts = _split(source.parts[0], where) if source.split else source.parts
     stored = {part.name: part for part in parts}
@@ -199,7 +203,7 @@ def _by_role(source: Source, modalities: Mapping[str, str] | None, where: str) -
                     where=where,
                     remedy=did_you_mean(name, stored),
                 )
-    if len(chosen) < 2:
+    if len(chosen) < least:
         known = f"only {', '.join(chosen.values())}" if chosen else "none"
         raise DataError(
             f"two modalities are needed, of {', '.join(stored) or 'nothing'} {known} is known",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
+from coembed import __version__
 from coembed.data.cells import Cells
 from coembed.data.minibatches import Batch, Inputs, Sampler, Shuffled
 from coembed.data.pipeline import Block, Pipeline
@@ -22,6 +24,9 @@ from coembed.nn.posteriors import Gaussian, Laplace
 from coembed.train.guard import Guard
 from coembed.train.loop import Loop, Outcome, choose_device, seeded
 from coembed.train.stage import Player, Stage
+
+MIN_CELLS = 10
+"""Fewer cells than this are not trained on."""
 
 
 class Networks(nn.Module):
@@ -174,7 +179,8 @@ class Model:
         inputs = self._inputs(self.views.fit(self.cells), self.cells)
         self.n_features = {name: block.x.shape[1] for name, block in inputs.blocks.items()}
         rows, validation = self._split(inputs.n_cells, seed)
-        identity = f"{self.card.name} {self.params!r} seed {seed} {self.cells.fingerprint()}"
+        facts = (__version__, torch.__version__, self.card.name, self.params, seed)
+        identity = f"{facts} {self.cells.fingerprint()}"
         with seeded(seed, self.device):
             self._build()
             loop = Loop(
@@ -212,7 +218,7 @@ class Model:
     def translate(self, target: str, *, source: str, data: Any = None) -> np.ndarray:
         """Return modality `target` predicted from `source`, (n_cells, n_features) float32.
 
-        The unit is the system's (see its `decode`); the posterior's mean is decoded.
+        The embedding from `source` alone is decoded; the unit is the system's (see its `decode`).
 
         Raises:
             CoembedError: the system cannot translate, as its card says.
@@ -224,10 +230,10 @@ class Model:
             )
         inputs = self._inputs_of(data, source)
         self._known(target)
-        rows = np.arange(inputs.n_cells)
+        z = torch.from_numpy(self.latent(inputs)).to(self.device)
         parts = [
-            self.decode(self.posterior(batch).mean, batch, target).cpu().numpy()
-            for batch in inputs.chunks(rows)
+            self.decode(z[rows], inputs.gather({source: rows}), target).cpu().numpy()
+            for rows in np.array_split(np.arange(len(z)), -(-len(z) // 1024))
         ]
         return np.concatenate(parts)
 
@@ -313,10 +319,35 @@ class Model:
                 where=cells.name,
                 remedy="`coembed models` lists what each system takes",
             )
-        unpaired = int((~cells.paired).sum())
-        if unpaired and cls.card.pairing == ("paired",):
+        if cells.n_cells < MIN_CELLS:
             raise DataError(
-                f"{unpaired} of {cells.n_cells} cells lack a modality, "
+                f"{cells.n_cells} cells are too few to train on",
+                where=cells.name,
+                remedy=f"At least {MIN_CELLS} are needed",
+            )
+        for role in cells.roles:
+            if cells.present[role].sum() < 2:
+                raise DataError(
+                    "fewer than two cells were measured",
+                    where=f"{cells.name}, modality '{role}'",
+                    remedy="Add cells, or leave the modality out",
+                )
+        cls._check_pairing(cells, cells.roles)
+        if "unpaired" not in cls.card.pairing and cells.paired.sum() < 2:
+            raise DataError(
+                f"{int(cells.paired.sum())} cells have all of {', '.join(cells.roles)}, and "
+                f"{cls.card.title} needs some to place the others by",
+                where=cells.name,
+                remedy="Add paired cells, or use a system for unpaired data (`coembed models`)",
+            )
+
+    @classmethod
+    def _check_pairing(cls, cells: Cells, roles: Sequence[str]) -> None:
+        """Refuse cells that lack one of `roles` where the system needs every one."""
+        lacking = int((~np.logical_and.reduce([cells.present[role] for role in roles])).sum())
+        if lacking and cls.card.pairing == ("paired",):
+            raise DataError(
+                f"{lacking} of {cells.n_cells} cells lack a modality, "
                 f"and {cls.card.title} needs every cell in all of them",
                 where=cells.name,
                 remedy="Keep the paired cells, or use a system for mosaic data (`coembed models`)",
@@ -351,30 +382,56 @@ class Model:
         if data is None:
             raise DataError("a loaded model has no cells", remedy="Pass the data to embed")
         data = self.prepared(data)
-        blocks = self.views.apply(data)
-        if modality is not None:
-            self._known(modality)
-            blocks = {modality: blocks[modality]}
-        return self._inputs(blocks, data)
+        if modality is None:
+            self._check_pairing(data, self.roles)
+            return self._inputs(self.views.apply(data), data)
+        self._known(modality)
+        lacking = int((~data.present[modality]).sum())
+        if lacking:
+            raise DataError(
+                f"{lacking} of {data.n_cells} cells lack '{modality}', from which to embed",
+                where=data.name,
+                remedy="Leave these cells out, or embed from all modalities",
+            )
+        return self._inputs({modality: self.views.apply(data)[modality]}, data)
 
     def _known(self, modality: str) -> None:
-        if modality not in self.n_features:
+        if modality in self.n_features:
+            return
+        if modality in self.roles:
             raise ParameterError(
-                f"no modality '{modality}' in this model",
-                remedy=did_you_mean(modality, self.n_features),
+                f"{self.card.title} takes all modalities together, not '{modality}' alone",
+                remedy="Leave out modality=",
             )
+        raise ParameterError(
+            f"no modality '{modality}' in this model", remedy=did_you_mean(modality, self.roles)
+        )
 
     def prepared(self, data: Any) -> Cells:
         """Return `data` as checked cells with the features of the training data in their order.
 
+        A modality that the data lack altogether is one that no cell has.
+
         Raises:
             DataError: the data cannot be read, or features are missing.
         """
-        cells = _as_cells(data, self.batch_key)
-        counts, var = dict(cells.counts), dict(cells.var)
+        cells = data if isinstance(data, Cells) else _as_cells(data, self.batch_key, query=True)
+        if not set(cells.roles) & set(self.roles):
+            raise DataError(
+                f"none of {', '.join(self.roles)} is in the data",
+                where=cells.name,
+                remedy="Give cells of a modality that the model was trained on",
+            )
+        counts, var, present = {}, {}, {}
         for role, names in self.features.items():
-            if role not in var:
-                raise DataError(f"modality '{role}' is missing", where=cells.name)
+            if role not in cells.roles:
+                shape = (cells.n_cells, len(names))
+                counts[role] = sparse.csr_matrix(shape, dtype=np.float32)  # type: ignore[arg-type]
+                var[role] = pd.DataFrame(index=pd.Index(names))
+                present[role] = np.zeros(cells.n_cells, dtype=bool)
+                continue
+            counts[role], var[role] = cells.counts[role], cells.var[role]
+            present[role] = cells.present[role]
             if list(var[role].index) == names:
                 continue
             columns = var[role].index.get_indexer(pd.Index(names))
@@ -387,7 +444,7 @@ class Model:
                     remedy="Give the data the same features, under the same names",
                 )
             counts[role], var[role] = counts[role][:, columns], var[role].iloc[columns]
-        return Cells(counts, cells.present, var, cells.obs, cells.keys, cells.name, cells.about)
+        return replace(cells, counts=counts, var=var, present=present)
 
     def _facts(self) -> dict[str, Any]:
         """Return what a saved model's JSON holds about this one."""
@@ -405,9 +462,9 @@ class Model:
         }
 
 
-def _as_cells(data: Any, batch_key: str | None) -> Cells:
-    if isinstance(data, Cells):
+def _as_cells(data: Any, batch_key: str | None, *, query: bool = False) -> Cells:
+    if isinstance(data, Cells) and batch_key == "auto":
         return data
     from coembed.data.read import as_cells
 
-    return as_cells(data, batch_key=batch_key)
+    return as_cells(data, batch_key=batch_key, query=query)

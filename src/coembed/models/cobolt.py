@@ -17,7 +17,7 @@ from coembed.data.views import counts, normalised
 from coembed.models.base import Model, Networks
 from coembed.models.bridge import bridge, subsets
 from coembed.models.card import Card, param
-from coembed.models.params import MIN_STEPS, TrainingParams
+from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams
 from coembed.nn.fusion import product_of_experts
 from coembed.nn.layers import mlp
 from coembed.nn.likelihoods import multinomial
@@ -68,9 +68,9 @@ class Cobolt(Model):
 
         n_latent: int = param(10, "number of topics K", "tutorial and review", ge=2)
         learning_rate: float = param(0.005, "Adam's learning rate", "original code", gt=0)
-        warm_up: float = param(
-            0.3, "share of the plan in which the KL's weight rises", "original", ge=0, le=1
-        )
+        min_steps: int = param(1500, MIN_STEPS, "ours: BMMC pilots of 120-480 cells", ge=0)
+        validation_fraction: float = param(0.0, VALIDATION, "original code", ge=0, lt=1)
+        warm_up: float = param(0.3, WARM_UP, "original: 30 of 100 epochs", ge=0, le=1)
         n_top_genes: int = param(4000, "most variable genes kept", "review", ge=2)
         lognorm_input: bool = param(False, "normalised values for counts", "fault of study.md 3")
         slice_normalisation: bool = param(
@@ -78,11 +78,8 @@ class Cobolt(Model):
         )
 
     presets: ClassVar = {
-        "review": lambda facts: {
-            "min_steps": 0, "validation_fraction": 0.0,
-            "lognorm_input": True, "slice_normalisation": True,
-        }
-    }  # fmt: skip
+        "review": lambda _: {"min_steps": 0, "lognorm_input": True, "slice_normalisation": True}
+    }
 
     def pipeline(self, var: Mapping[str, pd.DataFrame]) -> Pipeline:
         """Counts of variable genes, top peaks and all proteins."""

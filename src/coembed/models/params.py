@@ -47,6 +47,9 @@ MIN_STEPS = (
     "optimiser steps the plan has at least, however few the cells; dropped where max_epochs is set"
 )
 
+WARM_UP = "share of the plan over which the KL's weight rises from 0 to 1"
+VALIDATION = "share of the training cells held back to find the best weights (0: keep the last)"
+
 
 class TrainingParams(HyperParams):
     """What every trained system has."""
@@ -55,13 +58,7 @@ class TrainingParams(HyperParams):
     min_steps: int = param(0, MIN_STEPS, "ours: steps, not epochs, make few cells converge", ge=0)
     batch_size: int = param(128, "cells in a minibatch", "original code", ge=2)
     learning_rate: float = param(1e-3, "Adam's learning rate", "original code", gt=0)
-    validation_fraction: float = param(
-        0.1,
-        "share of the training cells held back to find the best weights (0: keep the last)",
-        "ours: best weights kept",
-        ge=0,
-        lt=1,
-    )
+    validation_fraction: float = param(0.1, VALIDATION, "ours: best weights kept", ge=0, lt=1)
     patience: int = param(
         20,
         "rounds without improvement before training ends; a round is an epoch, or a hundredth of "

@@ -41,6 +41,12 @@ def save(model: Model, folder: Path, *, overwrite: bool = False) -> None:
     """
     if model.outcome is None:
         raise ModelFileError("an untrained model cannot be saved", remedy="Call train() first")
+    if overwrite and folder.exists() and not (folder / DESCRIPTION).is_file():
+        raise OutputError(
+            "is no saved model, so it is not replaced",
+            where=str(folder),
+            remedy="Choose another folder",
+        )
     if folder.exists() and not overwrite:
         raise OutputError(
             "exists already", where=str(folder), remedy="Choose another folder, or overwrite=True"

@@ -16,7 +16,7 @@ from coembed.data.pipeline import Pipeline
 from coembed.data.views import counts
 from coembed.models.base import Facts, Model, Networks
 from coembed.models.card import Card, param
-from coembed.models.params import MIN_STEPS, TrainingParams
+from coembed.models.params import MIN_STEPS, WARM_UP, TrainingParams
 from coembed.nn.fusion import mean_of_experts
 from coembed.nn.layers import mlp
 from coembed.nn.likelihoods import negative_binomial, zero_inflated
@@ -77,9 +77,7 @@ class ScMM(Model):
         )
         max_epochs: int = param(50, "passes over the cells (with peaks: 100)", "paper", ge=1)
         min_steps: int = param(1000, MIN_STEPS, "ours: BMMC pilots at 100-480 cells", ge=0)
-        warm_up: float = param(
-            0.5, "share of the plan in which the KL's weight rises", "paper", ge=0, le=1
-        )
+        warm_up: float = param(0.5, WARM_UP, "paper: half of its epochs", ge=0, le=1)
         n_top_genes: int = param(4000, "most variable genes kept", "review", ge=2)
         all_peaks: bool = param(False, "every peak, not the top ones", "fault of study.md 3")
         sticky_lr: bool = param(False, "2e-4 at every size", "fault of study.md 3")
@@ -123,7 +121,7 @@ class ScMM(Model):
         """Return the posterior of every modality in the minibatch on its own."""
         experts = {}
         for m, x in batch.x.items():
-            x = x / batch.totals[m].clamp_min(1).unsqueeze(-1) * DEPTH
+            x = x / depth_of(x).unsqueeze(-1) * DEPTH
             h = self.net.encoder[m](x)
             weights = softmax(self.net.scale[m](h).clamp(-BOUND, BOUND), -1)
             experts[m] = Laplace(self.net.location[m](h), self.params.n_latent * weights + 1e-6)
@@ -149,7 +147,7 @@ class ScMM(Model):
     def log_likelihood(self, z: Tensor, batch: Batch, m: str) -> Tensor:
         """Return log p(x_m | z), (b,)."""
         x = batch.x[m]
-        r, logit, h = self.counts_of(z, batch.totals[m].clamp_min(1), m)
+        r, logit, h = self.counts_of(z, depth_of(x), m)
         log_prob = negative_binomial(x, r, logit)
         if m in self.net.gate:
             log_prob = zero_inflated(x, log_prob, self.net.gate[m](h))
@@ -169,9 +167,14 @@ class ScMM(Model):
     def stages(self, inputs: Inputs, rows: np.ndarray, validation: np.ndarray) -> Sequence[Stage]:
         """One player on paired minibatches."""
         p = self.params
-        rate = 2e-4 if p.sticky_lr else p.learning_rate
+        rate = min(2e-4, p.learning_rate) if p.sticky_lr else p.learning_rate
         player = Player(
             "elbo", [self.net], self.loss, weights={"kl": WarmUp(p.warm_up)}, lr=rate, amsgrad=True
         )
         sampler, held_back = (Shuffled([(self.roles, r)], p.batch_size) for r in (rows, validation))
         return [self.one_stage(sampler, held_back, player)]
+
+
+def depth_of(x: Tensor) -> Tensor:
+    """Return the counts of each cell, (b,), at least 1."""
+    return x.sum(-1).clamp_min(1)

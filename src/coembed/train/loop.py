@@ -165,31 +165,13 @@ class Loop:
 
     def _round(self, stage: Stage) -> str | None:
         """Do the epochs of one round and a validation; return the guard's complaint."""
-        state, sums = self.state, dict[str, Tensor]()
-        self.module.train()
-        epochs = min(stage.epochs_per_round, stage.epochs - state.epoch)
-        for _ in range(epochs):
-            for draw in stage.sampler.epoch(self.rng):
-                clock = Clock(state.step, stage.planned_steps)
-                batch = self.inputs.gather(draw)
-                for player in stage.players:
-                    optimiser = self.optimisers[player.name]
-                    optimiser.zero_grad()
-                    loss, terms = _total(player, player.loss(batch, clock), clock)
-                    loss.backward()
-                    optimiser.step()
-                    for name, value in {**terms, f"loss_{player.name}": loss}.items():
-                        sums[name] = sums.get(name, 0) + value.detach()
-                state.step += 1
-        state.epoch += epochs
-        steps = epochs * stage.sampler.steps_per_epoch
-        means = {f"train_{name}": float(value) / steps for name, value in sums.items()}
-        complaint = self.guard.complaint(means, state.minima)
+        state = self.state
+        means, before = self._train(stage, min(stage.epochs_per_round, stage.epochs - state.epoch))
+        minima = state.minima or before
+        complaint = self.guard.complaint(means, minima)
         if complaint:
             return complaint
-        for player in stage.players:
-            name = f"train_loss_{player.name}"
-            state.minima[name] = min(means[name], state.minima.get(name, means[name]))
+        state.minima = {name: min(means[name], least) for name, least in minima.items()}
         if stage.validation:
             means |= self._validate(stage)
             if not np.isfinite(means["validation_loss"]):
@@ -198,6 +180,43 @@ class Loop:
         row = {"stage": stage.name, "epoch": state.epoch, "step": state.step, **means}
         state.history.append(row | {"learning_rate_factor": state.slowdown})
         return None
+
+    def _train(self, stage: Stage, epochs: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Take the steps of some epochs; every player has its turn on every minibatch.
+
+        Returns:
+            Mean of every term and loss, and, in the stage's first round, what each loss was before
+            training: that of the first draw of each kind (draws differ in their inputs), with
+            every weight at its final value.
+        """
+        state, sums = self.state, dict[str, Tensor]()
+        first, before = dict[tuple[str, ...], float](), dict[str, float]()
+        self.module.train()
+        for draw in (draw for _ in range(epochs) for draw in stage.sampler.epoch(self.rng)):
+            clock = Clock(state.step, stage.planned_steps)
+            batch = self.inputs.gather(draw)
+            for player in stage.players:
+                name, optimiser = f"train_loss_{player.name}", self.optimisers[player.name]
+                optimiser.zero_grad()
+                terms = player.loss(batch, clock)
+                loss = player.total(terms, clock)
+                loss.backward()
+                optimiser.step()
+                for term, value in terms.items():
+                    sums[f"train_{term}"] = sums.get(f"train_{term}", 0) + value.detach()
+                sums[name] = sums.get(name, 0) + loss.detach()
+                if not state.minima:
+                    kind = (player.name, *draw)
+                    if kind not in first:
+                        first[kind] = float(player.total(terms, Clock.end()).detach())
+                    before[name] = before.get(name, 0.0) + first[kind]
+            state.step += 1
+        state.epoch += epochs
+        steps = epochs * stage.sampler.steps_per_epoch
+        return (
+            {name: float(value) / steps for name, value in sums.items()},
+            {name: value / steps for name, value in before.items()},
+        )
 
     @torch.no_grad()
     def _validate(self, stage: Stage) -> dict[str, float]:
@@ -208,9 +227,9 @@ class Loop:
         with seeded(self.seed, self.inputs.device):
             for draw in stage.validation:
                 batch = self.inputs.gather(draw)
-                loss, terms = _total(player, player.loss(batch, clock), clock)
+                terms = player.loss(batch, clock)
                 cells += len(batch)
-                for name, value in {**terms, "loss": loss}.items():
+                for name, value in {**terms, "loss": player.total(terms, clock)}.items():
                     key = f"validation_{name}"
                     sums[key] = sums.get(key, 0.0) + float(value) * len(batch)
         return {name: value / cells for name, value in sums.items()}
@@ -344,13 +363,6 @@ class Loop:
                 bar.update(tasks[state.stage], completed=state.epoch, loss=text)
 
             yield advance
-
-
-def _total(
-    player: Player, terms: Mapping[str, Tensor], clock: Clock
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    weighted = [player.weight(name, clock) * value for name, value in terms.items()]
-    return torch.stack(weighted).sum(), terms
 
 
 def _adam(player: Player) -> torch.optim.Adam:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from coembed.data.minibatches import Batch, Draw, Sampler
@@ -82,6 +83,11 @@ class Player:
         """Return the weight of a term at this moment."""
         weight = self.weights.get(term, 1.0)
         return weight(clock) if isinstance(weight, WarmUp) else weight
+
+    def total(self, terms: Mapping[str, Tensor], clock: Clock) -> Tensor:
+        """Return the weighted sum of the terms: what is minimised at this moment."""
+        weighted = [self.weight(name, clock) * value for name, value in terms.items()]
+        return torch.stack(weighted).sum()
 
 
 @dataclass(frozen=True)
