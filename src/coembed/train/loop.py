@@ -200,7 +200,7 @@ class Loop:
                 optimiser.zero_grad()
                 terms = player.loss(batch, clock)
                 loss = player.total(terms, clock)
-                loss.backward()
+                loss.backward(inputs=player.parameters)  # not through those of other players
                 optimiser.step()
                 for term, value in terms.items():
                     sums[f"train_{term}"] = sums.get(f"train_{term}", 0) + value.detach()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class Player:
     lr: float = 1e-3
     amsgrad: bool = False
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters it trains."""
         return [p for module in self.modules for p in module.parameters() if p.requires_grad]
