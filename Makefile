@@ -8,6 +8,9 @@
 
 PYTHON ?= python3
 DATA   ?= sim-multiome
+comma  := ,
+# The demonstration takes three sizes, for minutes rather than a quarter of an hour.
+ARGS   ?= $(if $(filter study,$(MAKECMDGOALS)),$(if $(filter sim-multiome,$(DATA)),--sizes 100$(comma)300$(comma)800))
 OUT    ?= out/$(basename $(notdir $(DATA)))
 VENV   := .venv
 BIN    := $(VENV)/bin

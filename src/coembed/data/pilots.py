@@ -17,13 +17,15 @@ from coembed.errors import DataError, did_you_mean
 FOLDER_VARIABLE = "COEMBED_DATA"
 CHECKOUT_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 
+PILOT: dict[str, Any] = {
+    **{"n_cells": 1000, "n_types": 10, "n_batches": 4, "n_sites": 2, "n_genes": 600, "seed": 3},
+    **{"site_effect": 0.2, "batch_effect": 0.15},
+}
+"""What the simulated pilots share. They are shallow, so that more cells are of use."""
+
 SIMULATED: dict[str, Callable[[], Cells]] = {
-    "sim-cite": lambda: simulate(
-        "cite", 1000, n_types=10, n_batches=4, n_sites=2, n_genes=600, n_proteins=40, seed=3
-    ),
-    "sim-multiome": lambda: simulate(
-        "multiome", 1000, n_types=10, n_batches=4, n_sites=2, n_genes=600, n_peaks=1500, seed=3
-    ),
+    "sim-cite": lambda: simulate("cite", n_proteins=20, depth=0.2, **PILOT),
+    "sim-multiome": lambda: simulate("multiome", n_peaks=1500, depth=0.25, **PILOT),
 }
 IGNORE_LABELS = {"pbmc10k_cite": "unknown", "snare_adbrain_*": "Mis"}
 """Labels of real pilots that mean "not known" (their README)."""
