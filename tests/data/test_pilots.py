@@ -55,7 +55,7 @@ def test_simulated_pilots(name):
 
 @pytest.mark.parametrize("name", ["sim-cite", "sim-multiome"])
 def test_more_cells_of_a_simulated_pilot_are_of_use(name):
-    """What a demonstration of sample size needs: PCA learns, gains with cells, leaves room above."""
+    """What a demonstration of sample size needs: PCA learns, gains with cells, leaves room."""
     from coembed.metrics import score
     from coembed.models import get_model
 

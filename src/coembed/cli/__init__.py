@@ -434,7 +434,3 @@ def main() -> None:
             sys.exit(error.exit_code)
         raise
     sys.exit(code if isinstance(code, int) else 0)
-
-
-if __name__ == "__main__":
-    main()
