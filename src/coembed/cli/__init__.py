@@ -5,28 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from coembed import __version__
-from coembed.cli.options import (
-    BatchKey,
-    Data,
-    Device,
-    DropEmpty,
-    IgnoreLabels,
-    LabelKey,
-    Layer,
-    ModalityNames,
-    Permutations,
-    Preset,
-    Pseudotime,
-    Seed,
-    Settings,
-    SiteKey,
-    Unpaired,
-)
+from coembed.cli.options import Data, Device, Permutations, Preset, Seed, Settings, reads_data
 from coembed.cli.show import (
     at_terminal,
     say,
@@ -38,7 +22,6 @@ from coembed.cli.show import (
 from coembed.cli.text import (
     listed,
     model_settings,
-    reading_options,
     refuse_input,
     settings_of,
     sizes_of,
@@ -73,7 +56,10 @@ def _root(
 
 
 @app.command()
+@reads_data
 def fit(
+    *,
+    reading: dict[str, Any],
     data: Data,
     output: Annotated[Path, typer.Option("-o", "--output", help="The new .h5mu file.")],
     model: Annotated[str, typer.Option("-m", "--model", help="See `coembed models`.")] = "cobolt",
@@ -89,15 +75,6 @@ def fit(
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
-    batch_key: BatchKey = "auto",
-    site_key: SiteKey = "auto",
-    label_key: LabelKey = "auto",
-    pseudotime_keys: Pseudotime = "auto",
-    ignore_labels: IgnoreLabels = "",
-    layer: Layer = None,
-    modality: ModalityNames = None,
-    drop_empty: DropEmpty = False,
-    unpaired: Unpaired = False,
 ) -> None:
     """Train a model and write the data with the embedding of every cell to a new file.
 
@@ -120,7 +97,7 @@ def fit(
     refuse_input(data, output, overwrite)
     system = get_model(model)
     values = settings_of(settings)
-    cells = resolve(data, **reading_options(locals()))
+    cells = resolve(data, **reading)
     part = split(cells, held_out, seed)
     trained = system(cells.take(part == TRAIN), preset=preset, **values)
     checkpoint = output.with_name(f".{output.name}.{model}.checkpoint")
@@ -149,7 +126,10 @@ def fit(
 
 
 @app.command()
+@reads_data
 def score(
+    *,
+    reading: dict[str, Any],
     data: Data,
     embedding: Annotated[
         list[str] | None, typer.Option("-e", "--embedding", help="Key of obsm. [default: all]")
@@ -159,15 +139,6 @@ def score(
     ] = None,
     permutations: Permutations = 20,
     seed: Seed = 0,
-    batch_key: BatchKey = "auto",
-    site_key: SiteKey = "auto",
-    label_key: LabelKey = "auto",
-    pseudotime_keys: Pseudotime = "auto",
-    ignore_labels: IgnoreLabels = "",
-    layer: Layer = None,
-    modality: ModalityNames = None,
-    drop_empty: DropEmpty = False,
-    unpaired: Unpaired = False,
 ) -> None:
     """Score the embeddings in a file: the review's six metrics, ARI and AMI, each with its null.
 
@@ -183,8 +154,8 @@ def score(
     from coembed.files import write_bytes
     from coembed.workflow import open_mudata, require_scorable, score_embeddings
 
-    cells = resolve(data, **reading_options(locals()))
-    require_scorable(cells, batch_asked=batch_key not in ("auto", "none"))
+    cells = resolve(data, **reading)
+    require_scorable(cells, batch_asked=reading.get("batch_key") is not None)
     mdata = open_mudata(data, cells)
     table = score_embeddings(
         mdata, cells, tuple(embedding or ()), n_permutations=permutations, seed=seed
@@ -196,7 +167,10 @@ def score(
 
 
 @app.command()
+@reads_data
 def study(
+    *,
+    reading: dict[str, Any],
     data: Data = "sim-multiome",
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the study.")] = Path(
         "out/study"
@@ -229,15 +203,6 @@ def study(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Run tasks again that ended with an error.")
     ] = False,
-    batch_key: BatchKey = "auto",
-    site_key: SiteKey = "auto",
-    label_key: LabelKey = "auto",
-    pseudotime_keys: Pseudotime = "auto",
-    ignore_labels: IgnoreLabels = "",
-    layer: Layer = None,
-    modality: ModalityNames = None,
-    drop_empty: DropEmpty = False,
-    unpaired: Unpaired = False,
 ) -> None:
     """Train models on sub-samples of rising size and report how quality grows with cells.
 
@@ -259,9 +224,8 @@ def study(
     from coembed.study.progress import console_progress
     from coembed.workflow import require_scorable
 
-    reading = reading_options(locals())
     cells = resolve(data, **reading)
-    require_scorable(cells, batch_asked=batch_key not in ("auto", "none"))
+    require_scorable(cells, batch_asked=reading.get("batch_key") is not None)
     names = listed(models) or takers(cells)
     plan = Plan.make(
         cells,
@@ -371,21 +335,15 @@ def models(
 
 
 @app.command(name="data")
+@reads_data
 def data_verb(
+    *,
+    reading: dict[str, Any],
     data: Annotated[str | None, typer.Argument(help="A pilot or a file, to check it.")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write it as a new .h5mu file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
-    batch_key: BatchKey = "auto",
-    site_key: SiteKey = "auto",
-    label_key: LabelKey = "auto",
-    pseudotime_keys: Pseudotime = "auto",
-    ignore_labels: IgnoreLabels = "",
-    layer: Layer = None,
-    modality: ModalityNames = None,
-    drop_empty: DropEmpty = False,
-    unpaired: Unpaired = False,
 ) -> None:
     """List the pilot data sets, or check a file and show what coembed sees in it.
 
@@ -407,7 +365,7 @@ def data_verb(
         ]
         show_table(("pilot", "kind", "cells", "source"), rows)
         return
-    cells = resolve(data, **reading_options(locals()))
+    cells = resolve(data, **reading)
     show_cells(cells, takers(cells))
     if output is not None:
         write_h5mu(to_mudata(cells), output, overwrite=overwrite)
