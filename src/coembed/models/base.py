@@ -25,6 +25,8 @@ from coembed.train.guard import Guard
 from coembed.train.loop import Loop, Outcome, choose_device, seeded
 from coembed.train.stage import Player, Stage
 
+__all__ = ["Card", "Facts", "Model", "Networks"]
+
 MIN_CELLS = 10
 """Fewer cells than this are not trained on."""
 

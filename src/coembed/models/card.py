@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Pairing = Literal["paired", "unpaired", "mosaic"]
 Ability = Literal["translate", "batch correction"]
@@ -43,17 +43,3 @@ class Card:
     def url(self) -> str:
         """Where the reference is found."""
         return f"https://doi.org/{self.doi}" if self.doi else self.code
-
-
-def param(default: Any, what: str, source: str, **bounds: Any) -> Any:
-    """Return a hyper-parameter: its default, what it is with its unit, where the default is from.
-
-    Args:
-        default: the value of the preset 'default'.
-        what: meaning and unit.
-        source: paper, original code, sheet section, or our reason to depart.
-        **bounds: pydantic's constraints (gt, ge, le, ...).
-    """
-    from pydantic import Field
-
-    return Field(default, description=what, json_schema_extra={"source": source}, **bounds)

@@ -14,10 +14,9 @@ from torch.nn.functional import softmax
 from coembed.data.minibatches import Batch, Inputs, Shuffled
 from coembed.data.pipeline import Pipeline
 from coembed.data.views import counts, normalised
-from coembed.models.base import Model, Networks
+from coembed.models.base import Card, Model, Networks
 from coembed.models.bridge import bridge, subsets
-from coembed.models.card import Card, param
-from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams
+from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams, param
 from coembed.nn.fusion import product_of_experts
 from coembed.nn.layers import mlp
 from coembed.nn.likelihoods import multinomial
@@ -57,8 +56,7 @@ class Cobolt(Model):
         abilities=("translate",),
         departures=(
             "at least 1,500 steps, so that few cells converge",
-            "embeds in evaluation mode; the original's embedding depends on a cell's neighbours "
-            "in the file, because it leaves batch normalisation in training mode",
+            "embeds in evaluation mode; the original's embedding depends on neighbours in the file",
             "scikit-learn's boosted trees in place of XGBoost's",
         ),
     )
@@ -73,9 +71,7 @@ class Cobolt(Model):
         warm_up: float = param(0.3, WARM_UP, "original: 30 of 100 epochs", ge=0, le=1)
         n_top_genes: int = param(4000, "most variable genes kept", "review", ge=2)
         lognorm_input: bool = param(False, "normalised values for counts", "fault of study.md 3")
-        slice_normalisation: bool = param(
-            False, "embed with the batch statistics of 128-cell slices", "fault of cobolt.md 9.1"
-        )
+        slice_normalisation: bool = param(False, "batch statistics of 128 cells", "fault, 9.1")
 
     presets: ClassVar = {
         "review": lambda _: {"min_steps": 0, "lognorm_input": True, "slice_normalisation": True}

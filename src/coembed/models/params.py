@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coembed.errors import ParameterError, did_you_mean
-from coembed.models.card import param
+
+
+def param(default: Any, what: str, source: str, **bounds: Any) -> Any:
+    """Return a hyper-parameter: its default, what it is with its unit, where the default is from.
+
+    Args:
+        default: the value of the preset 'default'.
+        what: meaning and unit.
+        source: paper, original code, sheet section, or our reason to depart.
+        **bounds: pydantic's constraints (gt, ge, le, ...).
+    """
+    return Field(default, description=what, json_schema_extra={"source": source}, **bounds)
 
 
 class HyperParams(BaseModel):

@@ -20,9 +20,8 @@ from coembed.data.views import (
     Standardise,
     UnitVariance,
 )
-from coembed.models.base import Model
-from coembed.models.card import Card, param
-from coembed.models.params import HyperParams
+from coembed.models.base import Card, Model
+from coembed.models.params import HyperParams, param
 
 ANY_ROLES = (("rna", "prot"), ("rna", "atac"), ("prot", "atac"), ("rna", "prot", "atac"))
 

@@ -15,9 +15,8 @@ from coembed.data.features import GeneActivity, HighlyVariable, SharedFeatures
 from coembed.data.minibatches import Batch, Independent, Inputs
 from coembed.data.pipeline import Pipeline, Step
 from coembed.data.views import JointPCs, LogNormalise, Standardise
-from coembed.models.base import Facts, Model, Networks
-from coembed.models.card import Card, param
-from coembed.models.params import TrainingParams
+from coembed.models.base import Card, Model, Networks
+from coembed.models.params import VALIDATION, TrainingParams, param
 from coembed.nn.adversary import discriminator_loss, generator_loss
 from coembed.nn.fusion import mean_of_experts
 from coembed.nn.layers import mlp
@@ -48,17 +47,16 @@ class Portal(Model):
         name="portal",
         title="Portal",
         summary="adversarial translation between genes and gene activity; uses no pairing",
-        reference="Zhao J, Wang G, Ming J, Lin Z, Wang Y, Tabula Microcebus Consortium, Wu AR, "
-        "Yang C. Adversarial domain translation networks for integrating large-scale atlas-level "
-        "single-cell datasets. Nature Computational Science 2:317-330 (2022)",
+        reference="Zhao J et al. Adversarial domain translation networks for integrating "
+        "large-scale atlas-level single-cell datasets. Nat Comput Sci 2:317-330 (2022)",
         doi="10.1038/s43588-022-00251-y",
         code="https://github.com/YangLabHKUST/Portal",
         architecture="autoencoders with adversarial discriminators in PC space",
         pairing=("paired", "unpaired", "mosaic"),
         modalities=(("rna", "atac"),),
         departures=(
-            "minibatches of a quarter of the cells (100 to 500), not 500 draws of however few",
-            "30 shared genes are enough, as many as principal components; the original wants 100",
+            "minibatches of a quarter of the cells (100 to 500), not 500 of however few",
+            "30 shared genes are enough, as many as components; the original wants 100",
         ),
     )
 
@@ -70,29 +68,20 @@ class Portal(Model):
         n_top_genes: int = param(4000, "variable genes of each domain", "original code", ge=2)
         lambda_cos: float = param(20.0, "weight of the cosine term", "original code", ge=0)
         margin: float = param(5.0, "bound on a discriminator's logit", "original code", gt=0)
-        batch_size: int = param(
-            500, "cells of each domain, with replacement; by default a quarter, 100 to 500",
-            "original: 500", ge=2,
-        )  # fmt: skip
+        batch_size: int = param(500, "cells drawn of each domain", "a quarter, 100-500", ge=2)
         max_epochs: int = param(1, "passes over the larger domain; min_steps decides", "ours", ge=1)
         min_steps: int = param(1000, "training steps", "documentation, below 20,000 cells", ge=0)
-        validation_fraction: float = param(
-            0.0, "none: an adversarial loss has no best weights", "original code", ge=0, le=0
-        )
+        validation_fraction: float = param(0.0, VALIDATION, "none for adversaries", ge=0, le=0)
         double_lognorm: bool = param(False, "genes log-normalised twice", "fault of study.md 3")
 
-    @staticmethod
-    def _default(facts: Facts) -> dict[str, object]:
+    presets: ClassVar = {
         # A quarter of few cells is as good as 500 draws of them, and several times as fast.
-        return {"batch_size": min(500, max(100, facts.n_cells // 4))}
-
-    @staticmethod
-    def _review(facts: Facts) -> dict[str, object]:
-        batch_size = max(2, min(facts.n_cells // 10, 500))
-        steps = {"min_steps": 2000, "batch_size": batch_size}
-        return {**steps, "lambda_cos": 10.0, "double_lognorm": True}
-
-    presets: ClassVar = {"default": _default, "review": _review}
+        "default": lambda facts: {"batch_size": min(500, max(100, facts.n_cells // 4))},
+        "review": lambda facts: {
+            **{"min_steps": 2000, "batch_size": max(2, min(facts.n_cells // 10, 500))},
+            **{"lambda_cos": 10.0, "double_lognorm": True},
+        },
+    }
 
     def pipeline(self, var: Mapping[str, pd.DataFrame]) -> Pipeline:
         """Variable genes of both domains, log-normalised, scaled apart, in joint PCs."""
@@ -110,8 +99,7 @@ class Portal(Model):
 
     def build(self, net: Networks) -> None:
         """Two of each of E, G and D; every weight and bias N(0, 0.1^2)."""
-        latent = self.params.n_latent
-        pcs = self.n_features["rna"]
+        latent, pcs = self.params.n_latent, self.n_features["rna"]
         sizes = {
             "encoder": (pcs, WIDTH, latent),
             "generator": (latent, WIDTH, pcs),
@@ -124,9 +112,8 @@ class Portal(Model):
 
     def discriminate(self, x: Tensor, m: str, clock: Clock) -> Tensor:
         """Return the logits of domain m's discriminator, (b, 1), held within the margin."""
-        logits = self.net.discriminator[m](x).clamp(-LOGIT_BOUND, LOGIT_BOUND)
-        bound = self.params.margin
-        return logits if clock.step < WARM_STEPS else logits.clamp(-bound, bound)
+        bound = LOGIT_BOUND if clock.step < WARM_STEPS else min(LOGIT_BOUND, self.params.margin)
+        return self.net.discriminator[m](x).clamp(-bound, bound)
 
     def translated(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return z_m of each domain, and by source domain the cells translated to the other."""
@@ -167,15 +154,11 @@ class Portal(Model):
         p = self.params
         domains = {m: inputs.having([m], rows) for m in self.roles}
         sampler = Independent(domains, p.batch_size)
-        critics = Player(
-            "discriminators", [self.net.discriminator], self.discriminator_loss, lr=p.learning_rate
-        )
+        net, rate = self.net, p.learning_rate
+        weights = {"cosine": p.lambda_cos, "autoencoder": 10.0, "alignment": 10.0}
+        critics = Player("discriminators", [net.discriminator], self.discriminator_loss, lr=rate)
         translators = Player(
-            "translators",
-            [self.net.encoder, self.net.generator],
-            self.translator_loss,
-            weights={"cosine": p.lambda_cos, "autoencoder": 10.0, "alignment": 10.0},
-            lr=p.learning_rate,
+            "translators", [net.encoder, net.generator], self.translator_loss, weights, lr=rate
         )
         return [self.one_stage(sampler, None, critics, translators)]
 

@@ -14,9 +14,8 @@ from torch.nn.functional import softmax
 from coembed.data.minibatches import Batch, Inputs, Shuffled
 from coembed.data.pipeline import Pipeline
 from coembed.data.views import counts
-from coembed.models.base import Facts, Model, Networks
-from coembed.models.card import Card, param
-from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams
+from coembed.models.base import Card, Facts, Model, Networks
+from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams, param
 from coembed.nn.fusion import mean_of_experts
 from coembed.nn.layers import mlp
 from coembed.nn.likelihoods import negative_binomial, zero_inflated
@@ -50,16 +49,18 @@ class ScMM(Model):
         name="scmm",
         title="scMM",
         summary="mixture of experts; every modality predicts every other",
-        reference="Minoura K, Abe K, Nam H, Nishikawa H, Shimamura T. A mixture-of-experts deep "
-        "generative model for integrated analysis of single-cell multiomics data. "
-        "Cell Reports Methods 1:100071 (2021)",
+        reference="Minoura K et al. A mixture-of-experts deep generative model for integrated "
+        "analysis of single-cell multiomics data. Cell Reports Methods 1:100071 (2021)",
         doi="10.1016/j.crmeth.2021.100071",
         code="https://github.com/kodaim1115/scMM",
         architecture="VAE, mixture of experts",
         pairing=("paired",),
         modalities=(("rna", "prot"), ("rna", "atac")),
         abilities=("translate",),
-        departures=("learning rate 1e-3 (peaks: 5e-4) and 800 steps or more, for few cells",),
+        departures=(
+            "learning rate 1e-3, with peaks 5e-4: the paper's 2e-3 can diverge, its 1e-4 is slow",
+            "800 steps or more, so that few cells converge",
+        ),
     )
 
     class Params(TrainingParams):
@@ -69,12 +70,7 @@ class ScMM(Model):
         n_layers: int = param(3, "hidden layers of encoders and decoders", "paper", ge=1)
         hidden_rna: int = param(200, "width of the RNA layers (with peaks: 500)", "paper", ge=1)
         hidden_other: int = param(200, "width of the other layers (peaks: 100)", "paper", ge=1)
-        learning_rate: float = param(
-            1e-3,
-            "Adam's learning rate (AMSGrad)",
-            "ours, with peaks 5e-4: the paper's 2e-3 can diverge, its 1e-4 is slow",
-            gt=0,
-        )
+        learning_rate: float = param(1e-3, "of Adam (AMSGrad)", "ours (with peaks: 5e-4)", gt=0)
         max_epochs: int = param(50, "passes over the cells (with peaks: 100)", "paper", ge=1)
         min_steps: int = param(800, MIN_STEPS, "ours: BMMC pilots of 100-480 cells", ge=0)
         validation_fraction: float = param(0.0, VALIDATION, "original: last weights", ge=0, lt=1)
@@ -123,8 +119,7 @@ class ScMM(Model):
         """Return the posterior of every modality in the minibatch on its own."""
         experts = {}
         for m, x in batch.x.items():
-            x = x / depth_of(x).unsqueeze(-1) * DEPTH
-            h = self.net.encoder[m](x)
+            h = self.net.encoder[m](x / depth_of(x).unsqueeze(-1) * DEPTH)
             weights = softmax(self.net.scale[m](h).clamp(-BOUND, BOUND), -1)
             experts[m] = Laplace(self.net.location[m](h), self.params.n_latent * weights + 1e-6)
         return experts

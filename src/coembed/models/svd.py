@@ -12,9 +12,8 @@ from coembed.data.features import HighlyVariable, TopPeaks
 from coembed.data.minibatches import Batch
 from coembed.data.pipeline import Pipeline, Step
 from coembed.data.views import CLR, Binarise, LogNormalise, StandardiseCells, TruncatedSVD
-from coembed.models.base import Model
-from coembed.models.card import Card, param
-from coembed.models.params import HyperParams
+from coembed.models.base import Card, Model
+from coembed.models.params import HyperParams, param
 
 
 class SVD(Model):
