@@ -12,6 +12,8 @@ comma  := ,
 # The demonstration takes three sizes, for minutes rather than a quarter of an hour.
 ARGS   ?= $(if $(filter study,$(MAKECMDGOALS)),$(if $(filter sim-multiome,$(DATA)),--sizes 100$(comma)300$(comma)800))
 OUT    ?= out/$(basename $(notdir $(DATA)))
+# Tests at a time; each has one thread.
+JOBS   ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
 # Where pip finds PyTorch's CPU build, if not in its own configuration, for example
@@ -36,7 +38,7 @@ study: install
 	$(BIN)/coembed study $(DATA) -o $(OUT) $(ARGS)
 
 test: install lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 quick: install
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)

@@ -63,7 +63,7 @@ def test_cells_in_another_order_keep_their_rows() -> None:
 
 @pytest.mark.parametrize(("n", "held"), [(9, 0), (10, 1), (104, 10), (1000, 100)])
 def test_split(n: int, held: int) -> None:
-    model = get_model("scmm")(easy_cells("cite", 30))
+    model = get_model("scmm")(easy_cells("cite", 30), validation_fraction=0.1)
     rows, validation = model._split(n, seed=3)
     assert len(validation) == held
     np.testing.assert_array_equal(np.sort(np.concatenate([rows, validation])), np.arange(n))

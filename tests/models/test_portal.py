@@ -317,6 +317,7 @@ def test_double_lognorm() -> None:
 
 def test_steps_are_those_of_the_original_where_cells_are_few() -> None:
     model, (inputs, _) = built(), toy_inputs(300)
+    model.params = model.params.model_copy(update={"batch_size": 500})
     (stage,) = model.stages(inputs, np.arange(300), np.arange(0))
     assert stage.planned_steps == model.params.min_steps, "300 cells, batches of 500"
     draw = next(iter(stage.sampler.epoch(np.random.default_rng(0))))

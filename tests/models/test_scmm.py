@@ -50,8 +50,10 @@ def numbers(*tensors: torch.Tensor) -> list[np.ndarray]:
 
 class TestScMM(NetworkContract):
     name = "scmm"
-    params: ClassVar = {"max_epochs": 40, "batch_size": 50, "n_layers": 1, "hidden_rna": 32,
-              "hidden_other": 32, "learning_rate": 3e-3}  # fmt: skip
+    params: ClassVar = {
+        **{"n_layers": 1, "hidden_rna": 32, "hidden_other": 32},
+        **{"max_epochs": 40, "batch_size": 50, "learning_rate": 3e-3, "validation_fraction": 0.1},
+    }
 
     def terms(self, kind: str) -> dict[str, dict[str, float]]:
         roles = easy_cells(kind, 3).roles
