@@ -60,7 +60,9 @@ def show_scores(table: pd.DataFrame) -> None:
             row["evaluated_on"],
             row["metric"],
             number(row["value"]),
-            f"{number(row['null'])} ± {number(row['null_sd'])}",
+            f"{number(row['null'])} ± {number(row['null_sd'])}"
+            if row["null"] == row["null"]
+            else "-",
             f"{row['n_scored']:,}",
             f"{row['n_left_out']:,}",
             row["reason"],

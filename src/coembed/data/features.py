@@ -51,9 +51,12 @@ class HighlyVariable(_Selection):
         self.columns = expressed[np.flatnonzero(self._chosen(x))]
 
     def _chosen(self, x: sparse.csr_matrix) -> Array:
-        import anndata
-        import scanpy
         from threadpoolctl import threadpool_limits
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # louvain, which scanpy imports, on pkg_resources
+            import anndata
+            import scanpy
 
         problem = None
         for span in SPANS if self.flavour == "seurat_v3" else SPANS[:1]:
