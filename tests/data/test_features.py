@@ -14,21 +14,7 @@ from blocks import block, fitted, values
 from coembed.data.cells import Cells
 from coembed.data.features import GeneActivity, HighlyVariable, SharedFeatures, TopPeaks
 from coembed.data.pipeline import Block, block_of
-from coembed.data.simulate import simulate
 from coembed.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def multiome() -> Cells:
-    return simulate("multiome", 90, n_types=3, n_batches=2, n_sites=1, n_genes=80, n_peaks=200)
-
-
-@pytest.fixture(scope="module")
-def cite() -> Cells:
-    return simulate(
-        "cite", 90, n_types=3, n_batches=2, n_sites=1, n_genes=150, n_proteins=15, depth=4
-    )
-
 
 # -- choosing features ----------------------------------------------------------------------------
 

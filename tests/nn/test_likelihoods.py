@@ -159,3 +159,15 @@ def test_an_empty_and_an_all_zero_minibatch() -> None:
     zeros = torch.zeros(2, 3)
     r = torch.tensor([[1.0, 2.0, 3.0]]).expand(2, 3)
     torch.testing.assert_close(negative_binomial(zeros, r, zeros), -r * np.log(2))
+
+
+@pytest.mark.parametrize("total_count", [1e2, 1e4, 1e6, 1e7])
+def test_negative_binomial_in_float32_keeps_its_digits_at_large_total_counts(
+    total_count: float,
+) -> None:
+    x = torch.tensor([[0.0, 1.0, 3.0, 20.0, 200.0]])
+    r = torch.full_like(x, total_count)
+    logit = torch.log((x + 1) / r)
+    p = torch.sigmoid(logit.double()).numpy()
+    expected = stats.nbinom.logpmf(x.numpy(), total_count, 1 - p)
+    np.testing.assert_allclose(negative_binomial(x, r, logit), expected, atol=2e-3)
