@@ -112,7 +112,8 @@ class Shuffled:
 
     Args:
         groups: (input names, rows) of each group. A paired system has one group.
-        batch_size: the largest minibatch; a batch larger than its group is the whole group.
+        batch_size: the largest minibatch (3 where it is 2 and the group is odd); a batch larger
+            than its group is the whole group.
     """
 
     def __init__(self, groups: Sequence[tuple[Sequence[str], np.ndarray]], batch_size: int) -> None:

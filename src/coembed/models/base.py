@@ -181,8 +181,6 @@ class Model:
         inputs = self._inputs(self.views.fit(self.cells), self.cells)
         self.n_features = {name: block.x.shape[1] for name, block in inputs.blocks.items()}
         rows, validation = self._split(inputs.n_cells, seed)
-        facts = (__version__, torch.__version__, self.card.name, self.params, seed)
-        identity = f"{facts} {self.cells.fingerprint()}"
         with seeded(seed, self.device):
             self._build()
             loop = Loop(
@@ -192,7 +190,7 @@ class Model:
                 seed=seed,
                 guard=guard,
                 checkpoint=checkpoint,
-                identity=identity,
+                identity=self._identity(seed) if checkpoint else "",
                 progress=progress,
             )
             self.outcome, history = loop.run()
@@ -360,6 +358,12 @@ class Model:
         if "max_epochs" in changes and "min_steps" in values:
             values["min_steps"] = 0
         return self.Params.checked(values, model=self.card.name)
+
+    def _identity(self, seed: int) -> str:
+        """Return what a checkpoint must agree in to be resumed from."""
+        assert self.cells is not None
+        facts = (__version__, torch.__version__, self.card.name, self.params, seed)
+        return f"{facts} {self.cells.fingerprint()}"
 
     def _build(self) -> None:
         self.net = Networks()
