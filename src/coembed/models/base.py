@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 
 from coembed import __version__
@@ -20,15 +19,13 @@ from coembed.data.pipeline import Block, Pipeline
 from coembed.errors import CoembedError, DataError, ParameterError, did_you_mean
 from coembed.models.card import Card
 from coembed.models.params import HyperParams
+from coembed.models.requirements import aligned, check_pairing, check_trainable
 from coembed.nn.posteriors import Gaussian, Laplace
 from coembed.train.guard import Guard
 from coembed.train.loop import Loop, Outcome, choose_device, seeded
 from coembed.train.stage import Player, Stage
 
 __all__ = ["Card", "Facts", "Model", "Networks"]
-
-MIN_CELLS = 10
-"""Fewer cells than this are not trained on."""
 
 
 class Networks(nn.Module):
@@ -78,7 +75,7 @@ class Model:
         **params: Any,
     ) -> None:
         data = _as_cells(data, batch_key)
-        self._check(data)
+        check_trainable(self.card, data)
         self.cells: Cells | None = data
         self.preset = preset
         resolved = self.resolve_params(data, preset, **params)
@@ -310,49 +307,6 @@ class Model:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    @classmethod
-    def _check(cls, cells: Cells) -> None:
-        if cells.roles not in cls.card.modalities:
-            wanted = " or ".join(" + ".join(roles) for roles in cls.card.modalities)
-            raise DataError(
-                f"{cls.card.title} takes {wanted}, the data have {' + '.join(cells.roles)}",
-                where=cells.name,
-                remedy="`coembed models` lists what each system takes",
-            )
-        if cells.n_cells < MIN_CELLS:
-            raise DataError(
-                f"{cells.n_cells} cells are too few to train on",
-                where=cells.name,
-                remedy=f"At least {MIN_CELLS} are needed",
-            )
-        for role in cells.roles:
-            if cells.present[role].sum() < 2:
-                raise DataError(
-                    "fewer than two cells were measured",
-                    where=f"{cells.name}, modality '{role}'",
-                    remedy="Add cells, or leave the modality out",
-                )
-        cls._check_pairing(cells, cells.roles)
-        if "unpaired" not in cls.card.pairing and cells.paired.sum() < 2:
-            raise DataError(
-                f"{int(cells.paired.sum())} cells have all of {', '.join(cells.roles)}, and "
-                f"{cls.card.title} needs some to place the others by",
-                where=cells.name,
-                remedy="Add paired cells, or use a system for unpaired data (`coembed models`)",
-            )
-
-    @classmethod
-    def _check_pairing(cls, cells: Cells, roles: Sequence[str]) -> None:
-        """Refuse cells that lack one of `roles` where the system needs every one."""
-        lacking = int((~np.logical_and.reduce([cells.present[role] for role in roles])).sum())
-        if lacking and cls.card.pairing == ("paired",):
-            raise DataError(
-                f"{lacking} of {cells.n_cells} cells lack a modality, "
-                f"and {cls.card.title} needs every cell in all of them",
-                where=cells.name,
-                remedy="Keep the paired cells, or use a system for mosaic data (`coembed models`)",
-            )
-
     def _with(self, changes: Mapping[str, Any]) -> Any:
         values = self.params.model_dump() | changes
         if "max_epochs" in changes and "min_steps" in values:
@@ -389,7 +343,7 @@ class Model:
             raise DataError("a loaded model has no cells", remedy="Pass the data to embed")
         data = self.prepared(data)
         if modality is None:
-            self._check_pairing(data, self.roles)
+            check_pairing(self.card, data, self.roles)
             return self._inputs(self.views.apply(data), data)
         self._known(modality)
         lacking = int((~data.present[modality]).sum())
@@ -416,41 +370,11 @@ class Model:
     def prepared(self, data: Any) -> Cells:
         """Return `data` as checked cells with the features of the training data in their order.
 
-        A modality that the data lack altogether is one that no cell has.
-
         Raises:
             DataError: the data cannot be read, or features are missing.
         """
         cells = data if isinstance(data, Cells) else _as_cells(data, self.batch_key, query=True)
-        if not set(cells.roles) & set(self.roles):
-            raise DataError(
-                f"none of {', '.join(self.roles)} is in the data",
-                where=cells.name,
-                remedy="Give cells of a modality that the model was trained on",
-            )
-        counts, var, present = {}, {}, {}
-        for role, names in self.features.items():
-            if role not in cells.roles:
-                shape = (cells.n_cells, len(names))
-                counts[role] = sparse.csr_matrix(shape, dtype=np.float32)  # type: ignore[arg-type]
-                var[role] = pd.DataFrame(index=pd.Index(names))
-                present[role] = np.zeros(cells.n_cells, dtype=bool)
-                continue
-            counts[role], var[role] = cells.counts[role], cells.var[role]
-            present[role] = cells.present[role]
-            if list(var[role].index) == names:
-                continue
-            columns = var[role].index.get_indexer(pd.Index(names))
-            if (columns < 0).any():
-                first = names[int(np.argmax(columns < 0))]
-                raise DataError(
-                    f"{(columns < 0).sum()} of the {len(names)} features the model was trained on "
-                    f"are missing, the first is '{first}'",
-                    where=f"{cells.name}, modality '{role}'",
-                    remedy="Give the data the same features, under the same names",
-                )
-            counts[role], var[role] = counts[role][:, columns], var[role].iloc[columns]
-        return replace(cells, counts=counts, var=var, present=present)
+        return aligned(cells, self.features)
 
     def _facts(self) -> dict[str, Any]:
         """Return what a saved model's JSON holds about this one."""
