@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,10 +154,7 @@ def score_embeddings(
             chosen = cells.take(rows)
             table = score(
                 z.to_numpy()[rows],
-                labels=chosen.labels,
-                batch=chosen.batch if chosen.keys.batch else None,
-                site=chosen.site,
-                pseudotime=pseudotimes(chosen),
+                **chosen.annotations,
                 n_permutations=n_permutations,
                 seed=seed,
             )
@@ -166,11 +162,6 @@ def score_embeddings(
             table.insert(1, "evaluated_on", part)
             tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def pseudotimes(cells: Cells) -> Mapping[str, np.ndarray]:
-    """Return column -> (n_cells,) pseudotime, NaN outside the trajectory."""
-    return {key: cells.obs[key].to_numpy(dtype=float) for key in cells.keys.pseudotime}
 
 
 def _parts(mdata: Any, name: str, cells: Cells) -> dict[str, np.ndarray]:

@@ -99,6 +99,16 @@ class Cells:
         labels[~known.to_numpy()] = None
         return labels
 
+    @property
+    def annotations(self) -> dict[str, Any]:
+        """What an embedding is scored against: the keyword arguments of `coembed.metrics.score`."""
+        return {
+            "labels": self.labels,
+            "batch": None if self.keys.batch is None else self.batch,
+            "site": self.site,
+            "pseudotime": {key: self.obs[key].to_numpy(float) for key in self.keys.pseudotime},
+        }
+
     def take(self, rows: np.ndarray) -> Cells:
         """Return the cells at `rows`, (n,) int or bool, in that order."""
         rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows)

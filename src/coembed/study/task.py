@@ -71,9 +71,7 @@ def preload(source: Source) -> None:
     # The first score compiles umap's functions, for about ten seconds.
     score(
         model.get_latent_representation(),
-        labels=cells.labels,
-        batch=cells.batch,
-        pseudotime={name: cells.obs[name].to_numpy(float) for name in cells.keys.pseudotime},
+        **cells.annotations,
         n_permutations=2,
     )
     load(source)
@@ -173,10 +171,7 @@ def _score(embedding: np.ndarray, cells: Cells, task: Task) -> pd.DataFrame:
 
     table: pd.DataFrame = score(
         embedding,
-        labels=cells.labels,
-        batch=None if cells.keys.batch is None else cells.batch,
-        site=cells.site,
-        pseudotime={name: cells.obs[name].to_numpy(float) for name in cells.keys.pseudotime},
+        **cells.annotations,
         n_permutations=task.n_permutations,
         # The same permutations for every model, so that their nulls can be compared.
         seed=task.subsample_seed,
