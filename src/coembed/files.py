@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -22,7 +23,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -31,8 +32,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+    except (OSError, RuntimeError) as error:  # h5py raises either at a full disk
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,9 +82,11 @@ def _umask() -> int:
     return mask
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot be written ({error.strerror or error})",
-        where=str(path),
-        remedy="Choose another place with -o, or free space there; nothing was left half written",
-    )
+def cannot_write(path: Path, error: Exception) -> OutputError:
+    """Return what to tell a user who cannot have `path` written."""
+    reason = getattr(error, "strerror", None) or error
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error):
+        what, remedy = f"no space is left on the disk ({reason})", "Free some"
+    else:
+        what, remedy = f"cannot be written ({reason})", "Choose another place with -o"
+    return OutputError(what, where=str(path), remedy=f"{remedy}; nothing was left half written")

@@ -119,17 +119,16 @@ class StandardiseCells(Step):
 class PCs(Step):
     """Centred principal components of one modality, unwhitened; fewer where cells are few."""
 
-    learnt = ("centre", "loadings", "variance")
+    learnt = ("centre", "loadings")
     centre: Array
     loadings: Array
-    variance: Array
 
     def __init__(self, n: int = 50) -> None:
         self.n = n
 
     def fit(self, block: Block) -> None:
         """Find the components of the training cells."""
-        self.centre, self.loadings, self.variance = _principal_axes(block.measured, self.n)
+        self.centre, self.loadings = _principal_axes(block.measured, self.n)
 
     def apply(self, block: Block) -> Block:
         """Return dense (n_cells, n) scores; rows of unmeasured cells are zero."""
@@ -147,7 +146,6 @@ class TruncatedSVD(PCs):
         model = Decomposition(min(self.n, min(x.shape) - 1), random_state=0).fit(x)
         self.loadings = model.components_.astype(np.float32)
         self.centre = np.zeros(x.shape[1], dtype=np.float32)
-        self.variance = model.explained_variance_.astype(np.float32)
 
 
 class UnitVariance(Step):
@@ -165,14 +163,13 @@ class UnitVariance(Step):
         return replace(block, x=(block.x * self.scale[0]).astype(np.float32))
 
 
-def _principal_axes(x: Matrix, n: int) -> tuple[Array, Array, Array]:
+def _principal_axes(x: Matrix, n: int) -> tuple[Array, Array]:
     from sklearn.decomposition import PCA
 
     model = PCA(min(n, min(x.shape) - 1), svd_solver="arpack", random_state=0).fit(x)
     return (
         model.mean_.astype(np.float32),
         model.components_.astype(np.float32),
-        model.explained_variance_.astype(np.float32),
     )
 
 
@@ -186,10 +183,9 @@ def _projected(block: Block, centre: Array, loadings: Array) -> Block:
 class JointPCs(JointStep):
     """Principal components of the modalities stacked cell over cell: one space for all."""
 
-    learnt = ("centre", "loadings", "variance")
+    learnt = ("centre", "loadings")
     centre: Array
     loadings: Array
-    variance: Array
 
     def __init__(self, n: int = 30) -> None:
         self.n = n
@@ -198,7 +194,7 @@ class JointPCs(JointStep):
         """Find the components of the stacked training cells."""
         measured = [block.measured for block in blocks.values()]
         stack = sparse.vstack if sparse.issparse(measured[0]) else np.vstack
-        self.centre, self.loadings, self.variance = _principal_axes(stack(measured), self.n)
+        self.centre, self.loadings = _principal_axes(stack(measured), self.n)
 
     def apply(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
         """Project every modality."""

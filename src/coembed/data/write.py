@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import warnings
@@ -13,6 +12,7 @@ import numpy as np
 
 from coembed.data.cells import Cells
 from coembed.errors import OutputError
+from coembed.files import write_atomically
 
 if TYPE_CHECKING:
     from mudata import MuData
@@ -55,20 +55,18 @@ def write_h5mu(mdata: MuData, path: str | Path, *, overwrite: bool = False) -> P
             where=str(path),
             remedy="Choose another name, or allow it with overwrite=True (--overwrite)",
         )
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    if not path.parent.is_dir():
+        raise OutputError(
+            "the folder does not exist", where=str(path.parent), remedy="Make it first"
+        )
+
+    def write(unfinished: Path) -> None:
         _reserve(unfinished, _size(mdata))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             mdata.write_h5mu(unfinished)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # h5py raises either at a full disk
-        raise _cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
+
+    write_atomically(path, write)
     return path
 
 
@@ -87,18 +85,3 @@ def _reserve(path: Path, size: int) -> None:
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # it cannot be reserved
                     raise
-
-
-def _cannot_write(path: Path, error: Exception) -> OutputError:
-    out_of_space = (errno.ENOSPC, errno.EDQUOT)
-    if getattr(error, "errno", None) in out_of_space or "No space" in str(error):
-        return OutputError("no space is left on the disk", where=str(path), remedy="Free some")
-    if not path.parent.is_dir():
-        return OutputError(
-            "the folder does not exist", where=str(path.parent), remedy="Make it first"
-        )
-    return OutputError(
-        f"cannot be written ({getattr(error, 'strerror', None) or type(error).__name__})",
-        where=str(path),
-        remedy="Choose a folder that you may write to",
-    )

@@ -32,7 +32,7 @@ import pandas as pd
 from coembed import __version__
 from coembed.data.cells import Cells
 from coembed.errors import OutputError, StudyError
-from coembed.files import write_bytes, write_json
+from coembed.files import cannot_write, write_bytes, write_json
 from coembed.study.jsonable import plain
 from coembed.study.plan import SCHEMA, Plan, Task
 
@@ -178,7 +178,7 @@ class Ledger:
             self.work.mkdir(parents=True, exist_ok=True)
             file = open(self.folder / ".lock", "a+")  # noqa: SIM115 - closed below
         except OSError as error:
-            raise _unwritable(self.folder, error) from error
+            raise cannot_write(self.folder, error) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,7 +190,7 @@ class Ledger:
                     remedy="Wait for it, stop it, or choose another folder",
                 ) from error
             except OSError as error:
-                raise _unwritable(self.folder, error) from error
+                raise cannot_write(self.folder, error) from error
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -390,11 +390,3 @@ def _read(path: Path, names: tuple[str, ...], remedy: str) -> dict[str, Any]:
             remedy="Use the version of coembed that wrote it",
         )
     return dict(content)
-
-
-def _unwritable(folder: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot be written ({error.strerror or error})",
-        where=str(folder),
-        remedy="Choose a folder that you may write to",
-    )
