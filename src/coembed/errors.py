@@ -1,8 +1,9 @@
-"""Errors that a user can act on: each names the thing, the place and the remedy."""
+"""Errors and warnings that a user can act on: the thing, the place and the remedy."""
 
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
@@ -48,6 +49,22 @@ class StudyError(CoembedError):
 
 class OutputError(CoembedError):
     """A result cannot be written."""
+
+
+class CoembedWarning(UserWarning):
+    """A setting cannot work as asked; the message says what was done instead."""
+
+
+def warn(what: str, *, where: str | None = None, instead: str) -> None:
+    """Warn that a setting cannot work, and say what was done instead.
+
+    Args:
+        what: the setting and why it cannot work, as a sentence without a full stop.
+        where: the place (a model, a modality), if there is one.
+        instead: what was done.
+    """
+    text = f"{where}: {what}" if where else what
+    warnings.warn(f"{text}; {instead}.", CoembedWarning, stacklevel=3)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

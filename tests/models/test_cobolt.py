@@ -116,7 +116,7 @@ def test_decoder_is_the_formula() -> None:
             part[m].detach().numpy()
             for part in (model.net.loadings, model.net.slope, model.net.intercept)
         )
-        mine = model.decode(z, batch_of(widths, codes.tolist()), m).detach().numpy()
+        mine = model.decode(z, codes, m).detach().numpy()
         for i, d in enumerate(codes.tolist()):
             s, b = (slope[d], intercept[d]) if d >= 0 else (slope.mean(0), intercept.mean(0))
             score = (theta[i] @ loadings) * (1 + s) + b
@@ -127,7 +127,9 @@ def test_decoder_does_not_see_a_shift_of_z() -> None:
     widths = {"rna": 7, "prot": 3}
     model, batch = built(widths), batch_of({"rna": 7, "prot": 3}, [0, 0])
     z = torch.randn(2, 10, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(model.decode(z, batch, "rna"), model.decode(z + 3, batch, "rna"))
+    torch.testing.assert_close(
+        model.decode(z, batch.codes, "rna"), model.decode(z + 3, batch.codes, "rna")
+    )
 
 
 def test_loss_is_the_mean_over_cells_of_the_sums_over_features(

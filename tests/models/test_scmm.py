@@ -154,7 +154,7 @@ def test_decode_is_the_mean_of_the_likelihood_at_a_depth_of_ten_thousand(role: s
     mean = (p * x.numpy()[:, None, None]).sum(0)
     if role == "atac":
         mean = mean * (1 - numbers(model.net.gate[role](h).sigmoid())[0])
-    np.testing.assert_allclose(model.decode(z, batch, role).detach(), mean, rtol=1e-4)
+    np.testing.assert_allclose(model.decode(z, batch.codes, role).detach(), mean, rtol=1e-4)
 
 
 def test_a_cell_without_counts_is_finite() -> None:

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from coembed.nn.adversary import discriminator_loss, generator_loss
+from coembed.nn.adversary import (
+    confusion_loss,
+    discriminator_loss,
+    generator_loss,
+    reverse_gradient,
+)
 from coembed.nn.layers import mlp
 
 
@@ -20,8 +25,8 @@ def test_mlp_layout() -> None:
     unit, normed = ["Linear", "ReLU"], ["Linear", "BatchNorm1d", "LeakyReLU"]
     assert names(mlp((3, 4, 5))) == unit * 2
     assert names(mlp((3, 4, 5), last=False)) == [*unit, "Linear"]
-    assert names(mlp((3, 4, 5), norm=True, activation=nn.LeakyReLU)) == normed * 2
-    assert names(mlp((3, 4, 5), norm=True, activation=nn.LeakyReLU, last=False)) == [
+    assert names(mlp((3, 4, 5), norm=nn.BatchNorm1d, activation=nn.LeakyReLU)) == normed * 2
+    assert names(mlp((3, 4, 5), norm=nn.BatchNorm1d, activation=nn.LeakyReLU, last=False)) == [
         *normed,
         "Linear",
     ]
@@ -30,7 +35,7 @@ def test_mlp_layout() -> None:
 
 
 def test_mlp_widths() -> None:
-    net = mlp((3, 4, 5), norm=True)
+    net = mlp((3, 4, 5), norm=nn.BatchNorm1d)
     assert [(m.in_features, m.out_features) for m in net if isinstance(m, nn.Linear)] == [
         (3, 4),
         (4, 5),
@@ -52,3 +57,21 @@ def test_criteria_are_the_logistic_loss() -> None:
     expected = bce(real, torch.ones(2)) + bce(fake, torch.zeros(2))
     torch.testing.assert_close(discriminator_loss(real, fake), expected)
     torch.testing.assert_close(generator_loss(fake), bce(fake, torch.ones(2)))
+
+
+def test_confusion_is_the_cross_entropy_to_the_other_classes() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 0.0]])
+    log_p = logits.log_softmax(-1)
+    expected = torch.stack([-(log_p[0, 0] + log_p[0, 2]) / 2, -(log_p[1, 1] + log_p[1, 2]) / 2])
+    torch.testing.assert_close(confusion_loss(logits, torch.tensor([1, 0])), expected)
+    two = torch.tensor([[3.0, -1.0]])
+    sure = confusion_loss(two, torch.tensor([0])), confusion_loss(two, torch.tensor([1]))
+    assert sure[0] > sure[1], "a classifier that is right is what the encoder must change"
+
+
+def test_reversed_gradients_are_the_negative_ones() -> None:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch.testing.assert_close(reverse_gradient(x), x)
+    (plain,) = torch.autograd.grad(x.pow(3).sum(), x)
+    (reversed_,) = torch.autograd.grad(reverse_gradient(x).pow(3).sum(), x)
+    assert torch.equal(reversed_, -plain)

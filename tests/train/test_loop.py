@@ -16,7 +16,7 @@ from toys import CPU, Line, inputs, line_loss, line_stage, train
 from coembed.data.minibatches import Batch, Shuffled
 from coembed.errors import ParameterError
 from coembed.train.guard import Guard
-from coembed.train.loop import Loop, Outcome, choose_device, seeded
+from coembed.train.loop import Loop, Outcome, choose_device, seeded, still_falling
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
 
@@ -183,7 +183,23 @@ def test_without_validation_the_last_weights_are_kept() -> None:
     longer, _, _ = train(plain(held_back=False, epochs=4))
     assert not same_weights(net, longer)
     assert outcome.stopped == "cap"
-    assert not outcome.improving
+    assert outcome.improving, "three epochs are not enough, and the training loss says so"
+
+
+@pytest.mark.parametrize(
+    ("losses", "falling"),
+    [
+        ([10 * math.exp(-5 * i / 100) for i in range(100)], False),
+        ([10 * math.exp(-2 * i / 100) for i in range(100)], True),
+        ([1 + i for i in range(100)], False),
+        ([3.0] * 100, False),
+        ([3.0, 2.0, 1.0], True),
+        ([3.0, 1.0], False),
+        ([], False),
+    ],
+)
+def test_what_still_falls(losses: list[float], falling: bool) -> None:
+    assert still_falling(losses) == falling
 
 
 def test_it_stops_early() -> None:

@@ -33,6 +33,11 @@ class Batch:
     def __len__(self) -> int:
         return max(len(x) for x in self.x.values())
 
+    @property
+    def codes(self) -> torch.Tensor:
+        """(b,) int64, the batch of each cell where every input has the same cells."""
+        return next(iter(self.batch.values()))
+
 
 class Inputs:
     """The views of a set of cells, ready to be gathered row by row.

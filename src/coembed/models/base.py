@@ -101,6 +101,7 @@ class Model:
         self.learnt: dict[str, np.ndarray] = {}
         self.outcome: Outcome | None = None
         self.history = pd.DataFrame()
+        self.input_features: dict[str, list[str]] = {}
         self.n_features: dict[str, int] = {}
         self.device = torch.device("cpu")
 
@@ -121,8 +122,31 @@ class Model:
         """Return the (b, K) posterior given the inputs that are in the minibatch."""
         raise NotImplementedError
 
-    def decode(self, z: Tensor, batch: Batch, role: str) -> Tensor:
-        """Return the expected share or level of every feature of `role`, (b, n_features)."""
+    @property
+    def prior(self) -> Gaussian | Laplace:
+        """The prior of the latent variable, broadcast over K; N(0, 1) unless a system says so."""
+        zero = torch.zeros((), device=self.device)
+        return Gaussian(zero, zero)
+
+    def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
+        """Return the denoised share or level of every feature of `role`, (b, n_features).
+
+        Args:
+            z: (b, K) points of the latent space.
+            codes: (b,) int64 batch of each cell; -1 for one the model never saw.
+            role: the modality.
+        """
+        raise NotImplementedError
+
+    def draw(self, z: Tensor, codes: Tensor, role: str, depth: Tensor) -> Tensor:
+        """Return counts of `role` drawn from the likelihood, (b, n_features).
+
+        Args:
+            z: (b, K) points of the latent space.
+            codes: (b,) int64 batch of each cell.
+            role: the modality.
+            depth: (b,) total counts of each cell, where the likelihood has a depth.
+        """
         raise NotImplementedError
 
     def embed(self, batch: Batch) -> Tensor:
@@ -176,7 +200,7 @@ class Model:
         self.device = choose_device(device)
         self.views = self.pipeline(self.cells.var)
         inputs = self._inputs(self.views.fit(self.cells), self.cells)
-        self.n_features = {name: block.x.shape[1] for name, block in inputs.blocks.items()}
+        self._name_inputs({name: list(b.var.index) for name, b in inputs.blocks.items()})
         rows, validation = self._split(inputs.n_cells, seed)
         with seeded(seed, self.device):
             self._build()
@@ -229,7 +253,7 @@ class Model:
         self._known(target)
         z = torch.from_numpy(self.latent(inputs)).to(self.device)
         parts = [
-            self.decode(z[rows], inputs.gather({source: rows}), target).cpu().numpy()
+            self.decode(z[rows], inputs.gather({source: rows}).codes, target).cpu().numpy()
             for rows in np.array_split(np.arange(len(z)), -(-len(z) // 1024))
         ]
         return np.concatenate(parts)
@@ -294,9 +318,16 @@ class Model:
         """Return the planned epochs: `max_epochs`, or more where `min_steps` asks for them."""
         return max(self.params.max_epochs, -(-self.params.min_steps // steps_per_epoch))
 
-    def one_stage(self, sampler: Sampler, validation: Shuffled | None, *players: Player) -> Stage:
+    def one_stage(
+        self,
+        sampler: Sampler,
+        validation: Shuffled | None,
+        *players: Player,
+        begin: Callable[[], None] | None = None,
+    ) -> Stage:
         """Return the plan of a system that trains in one stage."""
         return Stage(
+            begin=begin,
             name="train",
             players=players,
             sampler=sampler,
@@ -318,6 +349,11 @@ class Model:
         assert self.cells is not None
         facts = (__version__, torch.__version__, self.card.name, self.params, seed)
         return f"{facts} {self.cells.fingerprint()}"
+
+    def _name_inputs(self, features: dict[str, list[str]]) -> None:
+        """Set the features that reach the networks, by input."""
+        self.input_features = features
+        self.n_features = {name: len(names) for name, names in features.items()}
 
     def _build(self) -> None:
         self.net = Networks()
@@ -384,7 +420,7 @@ class Model:
             "batch_key": self.batch_key,
             "features": self.features,
             "batches": self.batches,
-            "n_features": self.n_features,
+            "input_features": self.input_features,
             "outcome": asdict(self.outcome) if self.outcome else None,
             "history": self.history.astype(object)
             .where(self.history.notna(), None)

@@ -19,7 +19,7 @@ from coembed.models.bridge import bridge, subsets
 from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams, param
 from coembed.nn.fusion import product_of_experts
 from coembed.nn.layers import mlp
-from coembed.nn.likelihoods import multinomial
+from coembed.nn.likelihoods import draw_multinomial, multinomial
 from coembed.nn.posteriors import Gaussian
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
@@ -87,7 +87,7 @@ class Cobolt(Model):
         k, n_batches, widths = self.params.n_latent, len(self.batches), self.n_features.items()
         xavier = nn.init.xavier_uniform_
         net.trunk = nn.ModuleDict(
-            {m: mlp((p, *HIDDEN), norm=True, activation=nn.LeakyReLU) for m, p in widths}
+            {m: mlp((p, *HIDDEN), norm=nn.BatchNorm1d, activation=nn.LeakyReLU) for m, p in widths}
         )
         net.mean = nn.ModuleDict({m: nn.Linear(HIDDEN[-1], k) for m, _ in widths})
         net.log_var = nn.ModuleDict({m: nn.Linear(HIDDEN[-1], k) for m, _ in widths})
@@ -117,9 +117,13 @@ class Cobolt(Model):
         )
         return softmax(z, -1) @ self.net.loadings[m] * (1 + slope) + intercept
 
-    def decode(self, z: Tensor, batch: Batch, role: str) -> Tensor:
+    def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
         """Return pi of `role`: the share of every feature in the cell's counts."""
-        return softmax(self.logits(z, next(iter(batch.batch.values())), role), -1)
+        return softmax(self.logits(z, codes, role), -1)
+
+    def draw(self, z: Tensor, codes: Tensor, role: str, depth: Tensor) -> Tensor:
+        """Return multinomial counts."""
+        return draw_multinomial(self.decode(z, codes, role), depth)
 
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Negative log-likelihood of every modality in the draw, and the KL to the prior."""

@@ -152,7 +152,7 @@ def load(cls: type[M], folder: Path, data: Any = None) -> M:
     model: M = kind.__new__(kind)
     model.preset, model.cells = facts["preset"], None
     model._describe(**{key: facts[key] for key in ("batch_key", "params", "features", "batches")})
-    model.n_features = facts["n_features"]
+    model._name_inputs(facts["input_features"])
     model.views = model.pipeline(
         {role: pd.DataFrame(index=names) for role, names in model.features.items()}
     )

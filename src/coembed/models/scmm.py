@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.distributions import NegativeBinomial
 from torch.nn.functional import softmax
 
 from coembed.data.minibatches import Batch, Inputs, Shuffled
@@ -108,12 +109,18 @@ class ScMM(Model):
         for m, width in self.n_features.items():
             h = p.hidden_rna if m == "rna" else p.hidden_other
             hidden = (h,) * p.n_layers
-            net.encoder[m] = mlp((width, *hidden), norm=True)
+            net.encoder[m] = mlp((width, *hidden), norm=nn.BatchNorm1d)
             net.location[m], net.scale[m] = nn.Linear(h, latent), nn.Linear(h, latent)
-            net.decoder[m] = mlp((latent, *hidden), norm=True)
+            net.decoder[m] = mlp((latent, *hidden), norm=nn.BatchNorm1d)
             net.log_r[m], net.logit_p[m] = nn.Linear(h, width), nn.Linear(h, width)
             if m == "atac":
                 net.gate[m] = nn.Linear(h, width)
+
+    @property
+    def prior(self) -> Laplace:
+        """Laplace(0, 1)."""
+        one = torch.ones((), device=self.device)
+        return Laplace(torch.zeros_like(one), one)
 
     def experts(self, batch: Batch) -> dict[str, Laplace]:
         """Return the posterior of every modality in the minibatch on its own."""
@@ -135,11 +142,18 @@ class ScMM(Model):
         r = self.net.log_r[m](h).clamp(-BOUND, BOUND).exp() * (depth / DEPTH).unsqueeze(-1)
         return r, self.net.logit_p[m](h).clamp(-P_BOUND, P_BOUND), h
 
-    def decode(self, z: Tensor, batch: Batch, role: str) -> Tensor:
+    def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
         """Return the mean count of every feature of `role` per 10,000 counts."""
         r, logit, h = self.counts_of(z, torch.full_like(z[:, 0], DEPTH), role)
         kept = 1 - self.net.gate[role](h).sigmoid() if role in self.net.gate else 1.0
         return r * logit.exp() * kept
+
+    def draw(self, z: Tensor, codes: Tensor, role: str, depth: Tensor) -> Tensor:
+        """Return negative binomial counts at a depth, chromatin with its extra zeros."""
+        r, logit, h = self.counts_of(z, depth, role)
+        x = NegativeBinomial(r, logits=logit).sample()
+        kept = 1 - self.net.gate[role](h).sigmoid() if role in self.net.gate else torch.ones_like(x)
+        return x * torch.bernoulli(kept)
 
     def log_likelihood(self, z: Tensor, batch: Batch, m: str) -> Tensor:
         """Return log p(x_m | z), (b,)."""
@@ -153,8 +167,7 @@ class ScMM(Model):
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Every expert decodes every modality; terms are averaged over experts."""
         experts = self.experts(batch)
-        prior = Laplace(torch.zeros((), device=self.device), torch.ones((), device=self.device))
-        terms = {"kl": torch.stack([q.kl(prior).mean() for q in experts.values()]).mean()}
+        terms = {"kl": torch.stack([q.kl(self.prior).mean() for q in experts.values()]).mean()}
         draws = {e: q.sample() for e, q in experts.items()}
         for m in experts:
             nll = [-self.log_likelihood(z, batch, m).mean() for z in draws.values()]

@@ -5,29 +5,91 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+Layer = Callable[[], nn.Module]
+Norm = Callable[[int], nn.Module]
+"""A width to a normalisation of that width."""
 
 
 def mlp(
     sizes: Sequence[int],
     *,
-    norm: bool = False,
-    activation: Callable[[], nn.Module] = nn.ReLU,
+    norm: Norm | None = None,
+    activation: Layer = nn.ReLU,
+    dropout: float = 0.0,
     last: bool = True,
 ) -> nn.Sequential:
-    """Return Linear - BatchNorm (with `norm`) - activation, once per pair of `sizes`.
+    """Return Linear - norm - activation - dropout, once per pair of `sizes`.
 
     Args:
         sizes: widths, input first: (b, sizes[0]) -> (b, sizes[-1]).
-        norm: whether batch normalisation follows each linear layer.
+        norm: the normalisation that follows each linear layer, e.g. `nn.BatchNorm1d`.
         activation: the non-linearity.
-        last: whether the last linear layer is followed by norm and activation too.
+        dropout: share of the activations that training drops; no layer at 0.
+        last: whether the last linear layer is followed by the rest too.
     """
     layers: list[nn.Module] = []
     for i, (width_in, width_out) in enumerate(pairwise(sizes)):
         layers.append(nn.Linear(width_in, width_out))
         if last or i < len(sizes) - 2:
-            if norm:
-                layers.append(nn.BatchNorm1d(width_out))
-            layers.append(activation())
+            layers += _after(width_out, norm, activation, dropout)
     return nn.Sequential(*layers)
+
+
+def _after(width: int, norm: Norm | None, activation: Layer, dropout: float) -> list[nn.Module]:
+    layers = [norm(width)] if norm else []
+    return [*layers, activation(), *([nn.Dropout(dropout)] if dropout else [])]
+
+
+class ConditionalMLP(nn.Module):
+    """`mlp` whose layers see a condition (a batch's one-hot) at the end of their input.
+
+    Args:
+        sizes: widths without the condition, input first.
+        n_condition: width of the condition; 0 for none.
+        deep: every layer sees the condition; otherwise the first alone.
+        norm: as in `mlp`.
+        activation: as in `mlp`.
+        dropout: as in `mlp`.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        n_condition: int,
+        *,
+        deep: bool = True,
+        norm: Norm | None = None,
+        activation: Layer = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.deep = deep
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(width_in + (n_condition if deep or i == 0 else 0), width_out),
+                *_after(width_out, norm, activation, dropout),
+            )
+            for i, (width_in, width_out) in enumerate(pairwise(sizes))
+        )
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Return (b, sizes[-1]) for x (b, sizes[0]) and condition (b, n_condition)."""
+        for i, layer in enumerate(self.layers):
+            x = layer(torch.cat([x, condition], -1) if self.deep or i == 0 else x)
+        return x
+
+
+def batch_one_hot(codes: Tensor, n_batches: int) -> Tensor:
+    """Return the (b, n_batches) one-hot of batch codes; (b, 0) where there is only one batch.
+
+    Args:
+        codes: (b,) int64; -1, a batch the model never saw, gets the mean of all batches.
+        n_batches: number of batches the model knows.
+    """
+    if n_batches == 1:
+        return torch.empty(len(codes), 0, device=codes.device)
+    known = torch.eye(n_batches, device=codes.device)
+    return torch.cat([known, known.mean(0, keepdim=True)])[codes]

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, logsigmoid, softplus
+from torch.distributions import Multinomial
+from torch.nn.functional import binary_cross_entropy, log_softmax, logsigmoid, softplus
+
+EPS = 1e-8
+"""Added to means and dispersions before their logarithms."""
 
 
 def multinomial(x: Tensor, logits: Tensor) -> Tensor:
     """Return x_j log softmax_j(logits), the multinomial without its combinatorial constant."""
     return x * log_softmax(logits, dim=-1)
+
+
+def draw_multinomial(shares: Tensor, depth: Tensor) -> Tensor:
+    """Return counts, (b, n_features), of which cell i has round(depth_i), by `shares`."""
+    draws = zip(shares, depth.round().int().tolist(), strict=True)
+    return torch.stack([Multinomial(n, p).sample() for p, n in draws])
 
 
 def negative_binomial(x: Tensor, r: Tensor, logit: Tensor) -> Tensor:
@@ -36,3 +46,25 @@ def zero_inflated(x: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:
     """
     kept = log_prob - softplus(gate)
     return torch.where(x > 0, kept, torch.logaddexp(logsigmoid(gate), kept))
+
+
+def negative_binomial_mean(x: Tensor, mean: Tensor, dispersion: Tensor) -> Tensor:
+    """Return log NB(x; mean, inverse dispersion): variance mean + mean^2 / dispersion."""
+    dispersion = dispersion.expand_as(mean)
+    logit = torch.log(mean + EPS) - torch.log(dispersion + EPS)
+    return negative_binomial(x, dispersion, logit)
+
+
+def mixture(first: Tensor, second: Tensor, logit: Tensor) -> Tensor:
+    """Return the log-likelihood of two components, the first with probability sigmoid(logit)."""
+    return torch.logaddexp(first + logsigmoid(logit), second + logsigmoid(-logit))
+
+
+def poisson(x: Tensor, mean: Tensor) -> Tensor:
+    """Return log Poisson(x; mean), the mean positive."""
+    return torch.xlogy(x, mean) - mean - torch.lgamma(x + 1)
+
+
+def bernoulli(x: Tensor, p: Tensor) -> Tensor:
+    """Return log Bernoulli(x; p) for x in [0, 1]; logarithms are not taken below -100."""
+    return -binary_cross_entropy(p, x, reduction="none")

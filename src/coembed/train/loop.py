@@ -24,6 +24,9 @@ Stopped = Literal["early", "cap", "diverged", "none"]
 TOLERANCE = 1e-4
 """Relative fall of the validation loss that counts as an improvement when patience is counted."""
 
+FALLING = 0.01
+"""Share of the whole fall of the loss, in the last tenth of a plan, that means it still falls."""
+
 
 @dataclass
 class Outcome:
@@ -34,12 +37,14 @@ class Outcome:
         message: why, in a sentence, where it is not 'ok'.
         stopped: 'early' (no improvement), 'cap' (the plan ended), 'diverged', or 'none' (nothing
             to train).
-        improving: the plan ended while the validation loss still fell.
+        improving: the plan ended while the loss still fell: that of the held-back cells, or, where
+            none are held back and no players compete, that of the training cells.
         epochs: epochs done, over all stages.
         steps: optimiser steps of each player, over all stages.
         parameters: how many numbers the networks have.
-        parameters_trained: how many of them a player trains.
+        parameters_trained: how many of them a loss reaches.
         events: restarts of the guard, each with the epoch, the reason and the new learning rate.
+        warnings: settings that could not work, and what was done instead.
     """
 
     status: Literal["ok", "diverged"] = "ok"
@@ -51,6 +56,7 @@ class Outcome:
     parameters: int = 0
     parameters_trained: int = 0
     events: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -65,6 +71,7 @@ class _State:
     stale: int = 0
     minima: dict[str, float] = field(default_factory=dict)
     slowdown: float = 1.0
+    trained: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     outcome: dict[str, Any] = field(default_factory=lambda: asdict(Outcome()))
     sampler: dict[str, Any] = field(default_factory=dict)
@@ -128,10 +135,10 @@ class Loop:
                     break
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
-        trained = {id(p): p.numel() for s in self.stages for pl in s.players for p in pl.parameters}
         outcome = Outcome(**self.state.outcome)
-        outcome.parameters = sum(p.numel() for p in self.module.parameters())
-        outcome.parameters_trained = sum(trained.values())
+        sizes = {name: p.numel() for name, p in self.module.named_parameters()}
+        outcome.parameters = sum(sizes.values())
+        outcome.parameters_trained = sum(sizes[name] for name in self.state.trained)
         return outcome, self.state.history
 
     def _enter(self, index: int, stage: Stage, resumed: Mapping[str, Tensor] | None) -> None:
@@ -140,8 +147,12 @@ class Loop:
             self._restore_tensors(resumed)
         else:
             self.best = {}
-            fresh = _State(stage=index, history=self.state.history, outcome=self.state.outcome)
-            self.state = fresh
+            kept = self.state
+            self.state = _State(
+                stage=index, history=kept.history, outcome=kept.outcome, trained=kept.trained
+            )
+            if stage.begin is not None:
+                stage.begin()
 
     def _run_stage(self, stage: Stage, advance: Any) -> None:
         good = self._snapshot()
@@ -212,6 +223,9 @@ class Loop:
                     before[name] = before.get(name, 0.0) + first[kind]
             state.step += 1
         state.epoch += epochs
+        if not state.minima:
+            reached = [n for n, p in self.module.named_parameters() if p.grad is not None]
+            state.trained = sorted({*state.trained, *reached})
         steps = epochs * stage.sampler.steps_per_epoch
         return (
             {name: float(value) / steps for name, value in sums.items()},
@@ -243,6 +257,9 @@ class Loop:
             state.reference, state.stale = loss, 0
         elif Clock(state.step, stage.planned_steps).fraction >= stage.warm_up:
             state.stale += 1
+            if stage.plateau is not None and state.stale % stage.plateau.patience == 0:
+                state.slowdown *= stage.plateau.factor
+                self._set_rates(stage)
 
     def _slow_down(self, stage: Stage, good: _Snapshot, complaint: str) -> bool:
         """Go back to the last good state with a lower learning rate; False if that is used up."""
@@ -281,8 +298,29 @@ class Loop:
             self.module.load_state_dict(self.best)
         capped = state.stale < stage.patience
         outcome["stopped"] = "cap" if capped else "early"
-        outcome["improving"] = bool(stage.validation) and capped and state.stale <= 2
+        recent = state.stale <= 2  # rounds since the held-back loss was lowest; 0 without one
+        outcome["improving"] = capped and recent and still_falling(self._objective(stage))
         self._count()
+
+    def _objective(self, stage: Stage) -> list[float]:
+        """Return the loss by round, final weights: of held-back cells, else of the training cells.
+
+        Empty where players compete and no cells are held back: such losses need not fall.
+        """
+        rows = [row for row in self.state.history if row["stage"] == stage.name]
+        if stage.validation:
+            return [row["validation_loss"] for row in rows]
+        if len(stage.players) > 1:
+            return []
+        (player,), prefix = stage.players, "train_"
+        return [
+            sum(
+                player.weight(name.removeprefix(prefix), Clock.end()) * value
+                for name, value in row.items()
+                if name.startswith(prefix) and not name.startswith("train_loss_")
+            )
+            for row in rows
+        ]
 
     def _count(self) -> None:
         self.state.outcome["epochs"] += self.state.epoch
@@ -365,10 +403,27 @@ class Loop:
             yield advance
 
 
+def still_falling(losses: Sequence[float]) -> bool:
+    """Say whether the last tenth of the rounds brought over `FALLING` of the whole fall."""
+    tenth = max(1, len(losses) // 10)
+    if len(losses) < 3 * tenth:
+        return False
+    parts = losses[:tenth], losses[-2 * tenth : -tenth], losses[-tenth:]
+    first, before, last = (float(np.mean(part)) for part in parts)
+    return first > last and before - last > FALLING * (first - last)
+
+
 def _adam(player: Player) -> torch.optim.Adam:
     parameters = player.parameters
-    fused = parameters[0].device.type in ("cpu", "cuda")  # one kernel for all parameters
-    return torch.optim.Adam(parameters, lr=player.lr, amsgrad=player.amsgrad, fused=fused)
+    kind = torch.optim.AdamW if player.decoupled else torch.optim.Adam
+    return kind(
+        parameters,
+        lr=player.lr,
+        eps=player.eps,
+        weight_decay=player.weight_decay,
+        amsgrad=player.amsgrad,
+        fused=parameters[0].device.type in ("cpu", "cuda"),  # one kernel for all parameters
+    )
 
 
 def _clone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

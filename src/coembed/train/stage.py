@@ -50,6 +50,23 @@ class WarmUp:
         return min(1.0, clock.fraction / self.fraction) if self.fraction > 0 else 1.0
 
 
+@dataclass(frozen=True)
+class CoolDown(WarmUp):
+    """A weight that falls linearly from 1 to 0 over the first `fraction` of the planned steps."""
+
+    def __call__(self, clock: Clock) -> float:
+        """Return the weight at this moment."""
+        return 1 - super().__call__(clock)
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Learning rates are multiplied by `factor` after `patience` rounds without improvement."""
+
+    factor: float
+    patience: int
+
+
 Weight = float | WarmUp
 Loss = Callable[[Batch, Clock], Mapping[str, Tensor]]
 """A minibatch to named terms, each a scalar averaged over cells."""
@@ -57,7 +74,7 @@ Loss = Callable[[Batch, Clock], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Player:
-    """One optimiser (Adam), the parameters it owns and the loss it minimises.
+    """One optimiser (Adam or AdamW), the parameters it owns and the loss it minimises.
 
     Attributes:
         name: for the history.
@@ -65,6 +82,9 @@ class Player:
         loss: named terms, each a scalar.
         weights: term -> constant or schedule; 1 where a term is not named.
         lr: learning rate.
+        eps: added to the root of the second moment.
+        weight_decay: L2 penalty's gradient factor; with `decoupled`, AdamW's shrinkage.
+        decoupled: AdamW in place of Adam.
         amsgrad: Adam's variant that keeps the largest second moment.
     """
 
@@ -73,6 +93,9 @@ class Player:
     loss: Loss
     weights: Mapping[str, Weight] = field(default_factory=dict)
     lr: float = 1e-3
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = False
     amsgrad: bool = False
 
     @cached_property
@@ -104,6 +127,8 @@ class Stage:
             measured; the best weights are kept. Without them the last weights are.
         patience: rounds without improvement before the stage ends; a round is one epoch, or
             a hundredth of the plan where that is longer.
+        begin: called when the stage starts, before its first step: initial values from the data.
+        plateau: how learning rates fall when the validation loss stands still.
     """
 
     name: str
@@ -112,6 +137,8 @@ class Stage:
     epochs: int
     validation: Sequence[Draw] = ()
     patience: int = 20
+    begin: Callable[[], None] | None = None
+    plateau: Plateau | None = None
 
     @property
     def planned_steps(self) -> int:

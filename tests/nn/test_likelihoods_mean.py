@@ -1,0 +1,91 @@
+"""Likelihoods by their mean, mixtures, and draws: against scipy and the sheets' numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from coembed.nn.likelihoods import (
+    bernoulli,
+    draw_multinomial,
+    mixture,
+    negative_binomial_mean,
+    poisson,
+    zero_inflated,
+)
+
+counts = st.integers(0, 200)
+positive = st.floats(1e-2, 1e3)
+
+
+def double(*values: float) -> list[Tensor]:
+    return [torch.tensor([v], dtype=torch.float64) for v in values]
+
+
+@given(x=counts, mean=positive, dispersion=positive)
+def test_negative_binomial_by_its_mean_equals_scipy(x: int, mean: float, dispersion: float) -> None:
+    ours = negative_binomial_mean(*double(x, mean, dispersion)).item()
+    theirs = stats.nbinom.logpmf(x, dispersion, dispersion / (dispersion + mean))
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+def test_numbers_of_totalvi() -> None:
+    """totalvi.md 10.1."""
+    x, mean, theta = double(3, 2, 1.5)
+    assert negative_binomial_mean(x, mean, theta).item() == pytest.approx(-2.167035, abs=1e-6)
+    zero, gate = torch.zeros_like(x), torch.zeros_like(x)
+    at_zero = zero_inflated(zero, negative_binomial_mean(zero, mean, theta), gate)
+    assert at_zero.item() == pytest.approx(-0.445845, abs=1e-6)
+    at_three = zero_inflated(x, negative_binomial_mean(x, mean, theta), gate)
+    assert at_three.item() == pytest.approx(-2.860182, abs=1e-6)
+    y, back, fore, phi, logit = double(10, 2, 12, 3, 1)
+    parts = (negative_binomial_mean(y, mu, phi) for mu in (back, fore))
+    assert mixture(*parts, logit).item() == pytest.approx(-4.114136, abs=1e-6)
+
+
+def test_numbers_of_scmvp() -> None:
+    """scmvp.md 10.3: zero-inflated Poisson with m = 0.5, logit 0; NB with m = 0.5, theta 1."""
+    x = torch.arange(3, dtype=torch.float64)
+    half, one, zero = torch.full_like(x, 0.5), torch.ones_like(x), torch.zeros_like(x)
+    np.testing.assert_allclose(
+        zero_inflated(x, poisson(x, half), zero), [-0.219070, -1.886294, -3.272589], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        negative_binomial_mean(x, half, one), [-0.405465, -1.504077, -2.602690], atol=1e-6
+    )
+
+
+@given(x=counts, mean=positive)
+def test_poisson_equals_scipy(x: int, mean: float) -> None:
+    ours = poisson(*double(x, mean)).item()
+    assert ours == pytest.approx(stats.poisson.logpmf(x, mean), rel=1e-7, abs=1e-9)
+
+
+@given(a=st.floats(-500, 0), b=st.floats(-500, 0), logit=st.floats(-30, 30))
+def test_a_mixture_of_equals_is_itself_and_its_ends_are_its_parts(
+    a: float, b: float, logit: float
+) -> None:
+    first, second, weight = double(a, b, logit)
+    assert mixture(first, first, weight).item() == pytest.approx(a, abs=1e-9)
+    torch.testing.assert_close(mixture(first, second, weight), mixture(second, first, -weight))
+    assert min(a, b) - 1e-9 <= mixture(first, second, weight).item() <= max(a, b) + 1e-9
+
+
+def test_bernoulli_is_bounded() -> None:
+    x, p = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.125, 0.125, 0.0])
+    np.testing.assert_allclose(bernoulli(x, p), [-2.079442, -0.133531, -100.0], atol=1e-6)
+
+
+def test_multinomial_draws_have_their_depth_and_their_shares() -> None:
+    shares = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = draw_multinomial(shares, torch.tensor([20_000.0, 10_000.0, 0.0]))
+    assert x.sum(1).tolist() == [20_000, 10_000, 0]
+    np.testing.assert_allclose(x[0] / 20_000, shares[0], atol=0.02)
+    assert x[1, 0] == 0
