@@ -19,7 +19,7 @@ def multinomial(x: Tensor, logits: Tensor) -> Tensor:
 def draw_multinomial(shares: Tensor, depth: Tensor) -> Tensor:
     """Return counts, (b, n_features), of which cell i has round(depth_i), by `shares`."""
     draws = zip(shares, depth.round().int().tolist(), strict=True)
-    return torch.stack([Multinomial(n, p).sample() for p, n in draws])
+    return torch.stack([Multinomial(n, p).sample() if n else p * 0 for p, n in draws])
 
 
 def negative_binomial(x: Tensor, r: Tensor, logit: Tensor) -> Tensor:
