@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class CoembedError(Exception):
@@ -63,8 +65,25 @@ def warn(what: str, *, where: str | None = None, instead: str) -> None:
         where: the place (a model, a modality), if there is one.
         instead: what was done.
     """
-    text = f"{where}: {what}" if where else what
-    warnings.warn(f"{text}; {instead}.", CoembedWarning, stacklevel=3)
+    text = f"{where}: {what}; {instead}." if where else f"{what}; {instead}."
+    notes = _notes.get()
+    if notes is not None:
+        notes.append(text)
+    warnings.warn(text, CoembedWarning, stacklevel=3)
+
+
+_notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """Give the list to which every warning inside the block is added, as it is raised."""
+    notes: list[str] = []
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

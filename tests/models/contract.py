@@ -17,6 +17,7 @@ from easy import easy_cells, mosaic, neighbour_accuracy
 from scipy import sparse
 
 from coembed.data.cells import Cells, Keys
+from coembed.data.read import as_cells
 from coembed.errors import CoembedError, DataError, ModelFileError, OutputError, ParameterError
 from coembed.models import get_model, model_names
 from coembed.models.base import Model
@@ -372,7 +373,10 @@ class Contract:
                 model.translate(second, source=first)
             return
         for source, target in ((first, second), (second, first)):
-            out = model.translate(target, source=source)
+            table = model.translate(target, source=source)
+            assert list(table.index) == list(cells.obs.index)
+            assert list(table.columns) == model.decoded_features[target]
+            out = table.to_numpy()
             assert out.dtype == np.float32
             assert out.shape == (150, model.n_features[target])
             assert np.isfinite(out).all()
@@ -387,3 +391,106 @@ class Contract:
             model.translate("rnaa", source=first)
         with pytest.raises(ParameterError, match="no modality 'rnaa'"):
             model.translate(first, source="rnaa")
+
+    # -- levels and new cells ---------------------------------------------------------------------
+
+    def test_card_says_what_is_implemented(self) -> None:
+        can, system = set(self.system.card.abilities), self.system
+        assert ("denoise" in can) == (system.decode is not Model.decode)
+        assert ("sample" in can) == (system.draw is not Model.draw)
+        assert "denoise" in can or "translate" not in can
+
+    def test_denoises_or_says_that_it_cannot(self, kind: str) -> None:
+        model, cells = self.model(kind), easy_cells(kind)
+        role = cells.roles[0]
+        if "denoise" not in self.system.card.abilities:
+            with pytest.raises(CoembedError, match="cannot decode features.*These can: .*cobolt"):
+                model.get_normalized_expression(role)
+            return
+        for role in cells.roles:
+            table = model.get_normalized_expression(role)
+            assert table.shape == (150, len(model.decoded_features[role]))
+            assert np.isfinite(table.to_numpy()).all()
+            some = model.get_normalized_expression(role, cells.take(np.arange(7)))
+            np.testing.assert_allclose(some, table[:7], rtol=1e-3, atol=1e-5)
+            batches = [
+                model.get_normalized_expression(role, transform_batch=b) for b in ("b0", "b1")
+            ]
+            both = model.get_normalized_expression(role, transform_batch=["b0", "b1"])
+            np.testing.assert_allclose(both, (batches[0] + batches[1]) / 2, rtol=1e-4, atol=1e-6)
+            in_b0 = (cells.obs["batch"] == "b0").to_numpy()
+            np.testing.assert_allclose(table[in_b0], batches[0][in_b0], rtol=1e-4, atol=1e-6)
+        with pytest.raises(ParameterError, match="no batch 'b7'"):
+            model.get_normalized_expression(role, transform_batch="b7")
+        with pytest.raises(ParameterError, match="no modality 'rnaa'"):
+            model.get_normalized_expression("rnaa")
+
+    def test_imputes_what_mosaic_cells_lack(self, kind: str) -> None:
+        able = {"denoise"} <= set(
+            self.system.card.abilities
+        ) and "mosaic" in self.system.card.pairing
+        model, cells = self.model(kind), easy_cells(kind, 60, seed=9)
+        role = cells.roles[1]
+        if not able:
+            pytest.skip("takes no mosaic cells or does not decode, as its card says")
+        with pytest.raises(DataError, match=f"every cell has '{role}', so there is nothing"):
+            model.impute(role, cells)
+        lacks = np.arange(60) % 4 == 0
+        table = model.impute(role, without(cells, role, lacks))
+        assert list(table.index) == list(cells.obs.index[lacks])
+        owner = np.arange(table.shape[1]) % 60 % 3
+        own = np.array(["A", "B", "C"])[owner] == cells.labels[lacks][:, None]
+        up = np.nanmean(np.where(own, table, np.nan), axis=1)
+        down = np.nanmean(np.where(own, np.nan, table), axis=1)
+        assert (up > 1.5 * down).mean() > 0.9, "a cell's own features are above the others"
+
+    def test_draws_new_cells_or_says_that_it_cannot(self, kind: str) -> None:
+        model, cells = self.model(kind), easy_cells(kind)
+        if "sample" not in self.system.card.abilities:
+            with pytest.raises(CoembedError, match="cannot draw new cells"):
+                model.sample(5)
+            return
+        drawn = model.sample(40, seed=3)
+        for role in cells.roles:
+            x = np.asarray(drawn[role].X.todense())
+            assert x.shape == (40, len(model.decoded_features[role]))
+            assert (x >= 0).all()
+            np.testing.assert_array_equal(x, np.round(x))
+            again = model.sample(40, seed=3)[role].X.todense()
+            np.testing.assert_array_equal(x, again)
+            assert (x != model.sample(40, seed=4)[role].X.todense()).any()
+        assert drawn.uns["simulated"]
+        assert set(model.sample(20, batch="b1").obs["batch"]) == {"b1"}
+        near = cells.take(cells.labels == "A")
+        drawn = as_cells(model.sample(60, near=near, seed=1), drop_empty=True)
+        z = model.get_latent_representation(drawn)
+        centres = np.stack([
+            model.get_latent_representation()[cells.labels == name].mean(0) for name in "ABC"
+        ])  # fmt: skip
+        nearest = ((z[:, None] - centres) ** 2).sum(-1).argmin(1)
+        assert (nearest == 0).mean() > 0.8, "drawn near type A, they are of type A"
+        with pytest.raises(ParameterError, match="0 cells cannot be drawn"):
+            model.sample(0)
+        with pytest.raises(ParameterError, match="no batch 'b7'"):
+            model.sample(5, batch="b7")
+
+    # -- mapping ----------------------------------------------------------------------------------
+
+    def test_new_batches_are_mapped_and_the_reference_stays(self, kind: str) -> None:
+        model, cells = self.model(kind), easy_cells(kind, 60, seed=9)
+        new = replace(cells, obs=cells.obs.assign(batch="new"))
+        before = model.get_latent_representation()
+        mapped = model.map_query(new, steps=20, progress=False)
+        assert mapped.batches == [*model.batches, "new"]
+        assert model.batches == ["b0", "b1"]
+        np.testing.assert_array_equal(model.get_latent_representation(), before)
+        after = mapped.get_latent_representation(easy_cells(kind))
+        np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
+        z = mapped.get_latent_representation(new)
+        assert np.isfinite(z).all()
+        assert neighbour_accuracy(z, cells.labels) > 0.9
+        known = model.map_query(cells, progress=False)
+        assert known.batches == model.batches
+        np.testing.assert_array_equal(
+            known.get_latent_representation(cells), model.get_latent_representation(cells)
+        )

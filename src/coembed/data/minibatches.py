@@ -125,6 +125,11 @@ class Shuffled:
         self.groups, self.batch_size = [g for g in groups if len(g[1])], batch_size
         self.steps_per_epoch = sum(self._parts(rows) for _, rows in self.groups)
 
+    @property
+    def largest(self) -> int:
+        """Cells in the largest group."""
+        return max((len(rows) for _, rows in self.groups), default=0)
+
     def _parts(self, rows: np.ndarray) -> int:
         return max(1, min(-(-len(rows) // self.batch_size), len(rows) // 2))
 

@@ -1,169 +1,34 @@
-"""The contract of every system, and all that follows from it."""
+"""The contract of every system: the verbs that follow from what it declares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
 
 from coembed import __version__
-from coembed.data.cells import Cells
-from coembed.data.minibatches import Batch, Inputs, Sampler, Shuffled
-from coembed.data.pipeline import Block, Pipeline
-from coembed.errors import CoembedError, DataError, ParameterError, did_you_mean
+from coembed.data.minibatches import Inputs
+from coembed.errors import DataError, noted
 from coembed.models.card import Card
-from coembed.models.params import HyperParams
-from coembed.models.requirements import aligned, check_pairing, check_trainable
-from coembed.nn.posteriors import Gaussian, Laplace
+from coembed.models.generate import depths, impute, levels, require, sample
+from coembed.models.query import map_query
+from coembed.models.system import Facts, Networks, System
 from coembed.train.guard import Guard
-from coembed.train.loop import Loop, Outcome, choose_device, seeded
-from coembed.train.stage import Player, Stage
+from coembed.train.loop import Loop, choose_device, seeded
+
+if TYPE_CHECKING:
+    from mudata import MuData
 
 __all__ = ["Card", "Facts", "Model", "Networks"]
 
 
-class Networks(nn.Module):
-    """A bag of networks; a system's `build` fills it."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Return a network by name (untyped: torch's own annotation excludes calling it)."""
-        return super().__getattr__(name)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a preset may depend on."""
-
-    roles: tuple[str, ...]
-    n_cells: int
-
-
-class Model:
-    """A system: what it declares, and the verbs that follow.
-
-    A system declares its card, its hyper-parameters, the views of the modalities (`pipeline`), its
-    networks (`build`), and a training plan (`stages`). Of `posterior`, `decode` and `embed` it
-    defines those it has. A system without a network leaves `build` and `stages` as they are.
-
-    Args:
-        data: a MuData, an AnnData with feature types, a path to one, or checked `Cells`.
-        preset: 'default' follows the paper and works; 'review' does what the review's study ran.
-        batch_key: column of obs with the technical batch; None for none, 'auto' to look for one.
-        **params: hyper-parameters that differ from the preset's.
-
-    Raises:
-        DataError: the data are not what the system takes.
-        ParameterError: no such preset or hyper-parameter, or a value that is not allowed.
-    """
-
-    card: ClassVar[Card]
-    Params: ClassVar[type[HyperParams]] = HyperParams
-    presets: ClassVar[Mapping[str, Callable[[Facts], dict[str, Any]]]] = {}
-
-    def __init__(
-        self,
-        data: Any,
-        *,
-        preset: str = "default",
-        batch_key: str | None = "auto",
-        **params: Any,
-    ) -> None:
-        data = _as_cells(data, batch_key)
-        check_trainable(self.card, data)
-        self.cells: Cells | None = data
-        self.preset = preset
-        resolved = self.resolve_params(data, preset, **params)
-        self._describe(
-            batch_key=data.keys.batch,
-            params=resolved,
-            features={role: list(data.var[role].index) for role in data.roles},
-            batches=sorted(set(data.batch)),
-        )
-
-    def _describe(
-        self,
-        batch_key: str | None,
-        params: dict[str, Any],
-        features: dict[str, list[str]],
-        batches: list[str],
-    ) -> None:
-        """Set what a fresh and a loaded model have in common."""
-        self.params: Any = self.Params.checked(params, model=self.card.name)
-        self.batch_key, self.features, self.batches = batch_key, features, batches
-        self.roles = tuple(features)
-        self.net = Networks()
-        self.learnt: dict[str, np.ndarray] = {}
-        self.outcome: Outcome | None = None
-        self.history = pd.DataFrame()
-        self.input_features: dict[str, list[str]] = {}
-        self.n_features: dict[str, int] = {}
-        self.device = torch.device("cpu")
-
-    # -- what a system declares -------------------------------------------------------------------
-
-    def pipeline(self, var: Mapping[str, pd.DataFrame]) -> Pipeline:
-        """Return the views of the modalities; `var` holds their features."""
-        raise NotImplementedError
-
-    def build(self, net: Networks) -> None:
-        """Put the networks into `net`; `self.n_features` has the width of every input."""
-
-    def stages(self, inputs: Inputs, rows: np.ndarray, validation: np.ndarray) -> Sequence[Stage]:
-        """Return the training plan for the training rows and the held-back ones."""
-        return ()
-
-    def posterior(self, batch: Batch) -> Gaussian | Laplace:
-        """Return the (b, K) posterior given the inputs that are in the minibatch."""
-        raise NotImplementedError
-
-    @property
-    def prior(self) -> Gaussian | Laplace:
-        """The prior of the latent variable, broadcast over K; N(0, 1) unless a system says so."""
-        zero = torch.zeros((), device=self.device)
-        return Gaussian(zero, zero)
-
-    def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
-        """Return the denoised share or level of every feature of `role`, (b, n_features).
-
-        Args:
-            z: (b, K) points of the latent space.
-            codes: (b,) int64 batch of each cell; -1 for one the model never saw.
-            role: the modality.
-        """
-        raise NotImplementedError
-
-    def draw(self, z: Tensor, codes: Tensor, role: str, depth: Tensor) -> Tensor:
-        """Return counts of `role` drawn from the likelihood, (b, n_features).
-
-        Args:
-            z: (b, K) points of the latent space.
-            codes: (b,) int64 batch of each cell.
-            role: the modality.
-            depth: (b,) total counts of each cell, where the likelihood has a depth.
-        """
-        raise NotImplementedError
-
-    def embed(self, batch: Batch) -> Tensor:
-        """Return the (b, K) embedding; the posterior's mean unless a system says otherwise."""
-        return self.posterior(batch).mean
-
-    @torch.no_grad()
-    def latent(self, inputs: Inputs, chunk: int = 1024) -> np.ndarray:
-        """Return `embed` of every cell, (n_cells, K); a system may add to it."""
-        rows = np.arange(inputs.n_cells)
-        parts = [self.embed(batch).cpu().numpy() for batch in inputs.chunks(rows, chunk)]
-        return np.concatenate(parts).astype(np.float32)
-
-    def finish(self, inputs: Inputs) -> None:
-        """Learn what is learnt after training, into `self.learnt` (arrays by name)."""
-
-    # -- the verbs --------------------------------------------------------------------------------
+class Model(System):
+    """A system with its verbs: train, embed, translate, sample, save and the others."""
 
     def train(
         self,
@@ -198,11 +63,11 @@ class Model:
         if max_epochs is not None:
             self.params = self._with({"max_epochs": max_epochs})
         self.device = choose_device(device)
-        self.views = self.pipeline(self.cells.var)
-        inputs = self._inputs(self.views.fit(self.cells), self.cells)
-        self._name_inputs({name: list(b.var.index) for name, b in inputs.blocks.items()})
-        rows, validation = self._split(inputs.n_cells, seed)
-        with seeded(seed, self.device):
+        with noted() as notes, seeded(seed, self.device):
+            self.views = self.pipeline(self.cells.var)
+            inputs = self._inputs(self.views.fit(self.cells), self.cells)
+            self._note(inputs)
+            rows, validation = self._split(inputs.n_cells, seed)
             self._build()
             loop = Loop(
                 self.net,
@@ -215,6 +80,7 @@ class Model:
                 progress=progress,
             )
             self.outcome, history = loop.run()
+        self.outcome.warnings = notes
         self.history = pd.DataFrame(history)
         self.net.eval()
         self.finish(inputs)
@@ -233,30 +99,103 @@ class Model:
             DataError: features of the training data are missing, or the model is not trained.
             ParameterError: the model does not know the modality.
         """
-        return self.latent(self._inputs_of(data, modality))
+        return self.latent(self.inputs_of(data, modality))
 
-    @torch.no_grad()
-    def translate(self, target: str, *, source: str, data: Any = None) -> np.ndarray:
-        """Return modality `target` predicted from `source`, (n_cells, n_features) float32.
+    def get_normalized_expression(
+        self,
+        role: str,
+        data: Any = None,
+        *,
+        transform_batch: str | Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """Return the denoised levels of a modality, (n_cells, n_features) float32.
 
-        The embedding from `source` alone is decoded; the unit is the system's (see its `decode`).
+        The embedding is decoded; the unit is the system's (see its `decode`), the features are
+        those that its views keep.
+
+        Args:
+            role: 'rna', 'prot' or 'atac'.
+            data: cells with the features of the training data; None for the training cells.
+            transform_batch: decode as if every cell were of this batch; of several, the mean.
+
+        Raises:
+            CoembedError: the system does not decode features, as its card says.
+            ParameterError: no such modality or batch.
+        """
+        return levels(self, role, data, source=None, transform_batch=transform_batch)
+
+    def translate(
+        self,
+        target: str,
+        *,
+        source: str,
+        data: Any = None,
+        transform_batch: str | Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """Return modality `target` predicted from `source` alone, (n_cells, n_features) float32.
+
+        As `get_normalized_expression`, from the embedding that `source` alone gives.
 
         Raises:
             CoembedError: the system cannot translate, as its card says.
         """
-        if "translate" not in self.card.abilities:
-            raise CoembedError(
-                f"{self.card.title} cannot translate between modalities",
-                remedy="`coembed models` lists the systems that can",
-            )
-        inputs = self._inputs_of(data, source)
-        self._known(target)
-        z = torch.from_numpy(self.latent(inputs)).to(self.device)
-        parts = [
-            self.decode(z[rows], inputs.gather({source: rows}).codes, target).cpu().numpy()
-            for rows in np.array_split(np.arange(len(z)), -(-len(z) // 1024))
-        ]
-        return np.concatenate(parts)
+        require(self, "translate", "translate between modalities")
+        self.check_decodes(target)
+        return levels(self, target, data, source=source, transform_batch=transform_batch)
+
+    def impute(
+        self,
+        role: str,
+        data: Any = None,
+        *,
+        transform_batch: str | Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """Return the levels of a modality for the cells that lack it, from what they have.
+
+        As `get_normalized_expression`, for mosaic data: one row per cell without `role`.
+
+        Raises:
+            DataError: no cell lacks it.
+        """
+        return impute(self, role, data, transform_batch=transform_batch)
+
+    def sample(
+        self, n: int, *, batch: str | None = None, near: Any = None, seed: int = 0
+    ) -> MuData:
+        """Return `n` new cells drawn from the model: counts of every modality.
+
+        Depths are drawn from those of the training cells. The result says that it is simulated.
+
+        Args:
+            n: number of cells.
+            batch: the batch all cells are of; by default a random one, or that of the cell near by.
+            near: cells in whose posterior the new ones are drawn; by default from the prior.
+            seed: of the draws.
+
+        Raises:
+            CoembedError: the system does not draw counts, as its card says.
+        """
+        return sample(self, n, batch=batch, near=near, seed=seed)
+
+    def map_query(
+        self, data: Any, *, steps: int = 200, seed: int = 0, progress: bool = True
+    ) -> Self:
+        """Return a model that knows the batches of `data` too; cells it knew keep their place.
+
+        What depends on the batch gets a part for each new one, which alone is trained, on `data`
+        (architectural surgery, Lotfollahi et al. 2022). Without new batches nothing is trained.
+        Embed the cells with the result.
+
+        Args:
+            data: the new cells, with the features of the training data.
+            steps: optimiser steps.
+            seed: of the training.
+            progress: draw a bar.
+
+        Raises:
+            DataError: features are missing.
+        """
+        return map_query(self, data, steps=steps, seed=seed, progress=progress)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the trained model as safetensors and JSON; see `coembed.models.saving`."""
@@ -286,56 +225,6 @@ class Model:
             return 0, 0
         return self.outcome.parameters, self.outcome.parameters_trained
 
-    @classmethod
-    def resolve_params(
-        cls, data: Cells, preset: str = "default", **overrides: Any
-    ) -> dict[str, Any]:
-        """Return every hyper-parameter under `preset` with `overrides`, JSON-able.
-
-        Raises:
-            ParameterError: no such preset or hyper-parameter, or a value that is not allowed.
-        """
-        known = {"default": lambda facts: {}, **cls.presets}
-        if preset not in known:
-            raise ParameterError(
-                f"no preset '{preset}'",
-                where=f"model '{cls.card.name}'",
-                remedy=did_you_mean(preset, known),
-            )
-        values = known[preset](Facts(data.roles, data.n_cells))
-        if "max_epochs" in overrides and "min_steps" in cls.Params.model_fields:
-            values["min_steps"] = 0
-        return cls.Params.checked(values | overrides, model=cls.card.name).model_dump()
-
-    def __repr__(self) -> str:
-        state = self.outcome.status if self.outcome else "not trained"
-        shape = ", ".join(f"{role}: {len(names)}" for role, names in self.features.items())
-        return f"{type(self).__name__}({shape}; {state})"
-
-    # -- shared with the systems ------------------------------------------------------------------
-
-    def epochs(self, steps_per_epoch: int) -> int:
-        """Return the planned epochs: `max_epochs`, or more where `min_steps` asks for them."""
-        return max(self.params.max_epochs, -(-self.params.min_steps // steps_per_epoch))
-
-    def one_stage(
-        self,
-        sampler: Sampler,
-        validation: Shuffled | None,
-        *players: Player,
-        begin: Callable[[], None] | None = None,
-    ) -> Stage:
-        """Return the plan of a system that trains in one stage."""
-        return Stage(
-            begin=begin,
-            name="train",
-            players=players,
-            sampler=sampler,
-            epochs=self.epochs(sampler.steps_per_epoch),
-            validation=validation.sweep() if validation else (),
-            patience=self.params.patience,
-        )
-
     # -- inside -----------------------------------------------------------------------------------
 
     def _with(self, changes: Mapping[str, Any]) -> Any:
@@ -350,10 +239,15 @@ class Model:
         facts = (__version__, torch.__version__, self.card.name, self.params, seed)
         return f"{facts} {self.cells.fingerprint()}"
 
-    def _name_inputs(self, features: dict[str, list[str]]) -> None:
-        """Set the features that reach the networks, by input."""
-        self.input_features = features
-        self.n_features = {name: len(names) for name, names in features.items()}
+    def _note(self, inputs: Inputs) -> None:
+        """Keep what a trained model must know of its inputs: widths, feature names, depths."""
+        self.n_features, self.decoded_features = {}, {}
+        for name, block in inputs.blocks.items():
+            roles = block.var.get("_role", pd.Series(name, index=block.var.index)).to_numpy()
+            self.n_features[name] = len(block.var)
+            for role in pd.unique(roles):
+                self.decoded_features[role] = list(block.var.index[roles == role])
+        self.depths = depths(inputs)
 
     def _build(self) -> None:
         self.net = Networks()
@@ -366,52 +260,6 @@ class Model:
         order = np.random.default_rng(seed).permutation(n)
         return np.sort(order[held:]), np.sort(order[:held])
 
-    def _inputs(self, blocks: Mapping[str, Block], cells: Cells) -> Inputs:
-        codes = pd.Categorical(cells.batch, categories=self.batches).codes.astype(np.int64)
-        return Inputs(blocks, codes, self.device)
-
-    def _inputs_of(self, data: Any, modality: str | None) -> Inputs:
-        if self.outcome is None:
-            raise DataError(f"{self.card.title} is not trained", remedy="Call train() first")
-        if data is None:
-            data = self.cells
-        if data is None:
-            raise DataError("a loaded model has no cells", remedy="Pass the data to embed")
-        data = self.prepared(data)
-        if modality is None:
-            check_pairing(self.card, data, self.roles)
-            return self._inputs(self.views.apply(data), data)
-        self._known(modality)
-        lacking = int((~data.present[modality]).sum())
-        if lacking:
-            raise DataError(
-                f"{lacking} of {data.n_cells} cells lack '{modality}', from which to embed",
-                where=data.name,
-                remedy="Leave these cells out, or embed from all modalities",
-            )
-        return self._inputs({modality: self.views.apply(data)[modality]}, data)
-
-    def _known(self, modality: str) -> None:
-        if modality in self.n_features:
-            return
-        if modality in self.roles:
-            raise ParameterError(
-                f"{self.card.title} takes all modalities together, not '{modality}' alone",
-                remedy="Leave out modality=",
-            )
-        raise ParameterError(
-            f"no modality '{modality}' in this model", remedy=did_you_mean(modality, self.roles)
-        )
-
-    def prepared(self, data: Any) -> Cells:
-        """Return `data` as checked cells with the features of the training data in their order.
-
-        Raises:
-            DataError: the data cannot be read, or features are missing.
-        """
-        cells = data if isinstance(data, Cells) else _as_cells(data, self.batch_key, query=True)
-        return aligned(cells, self.features)
-
     def _facts(self) -> dict[str, Any]:
         """Return what a saved model's JSON holds about this one."""
         return {
@@ -420,17 +268,11 @@ class Model:
             "batch_key": self.batch_key,
             "features": self.features,
             "batches": self.batches,
-            "input_features": self.input_features,
+            "n_features": self.n_features,
+            "decoded_features": self.decoded_features,
+            "depths": self.depths,
             "outcome": asdict(self.outcome) if self.outcome else None,
             "history": self.history.astype(object)
             .where(self.history.notna(), None)
             .to_dict("list"),
         }
-
-
-def _as_cells(data: Any, batch_key: str | None, *, query: bool = False) -> Cells:
-    if isinstance(data, Cells) and batch_key == "auto":
-        return data
-    from coembed.data.read import as_cells
-
-    return as_cells(data, batch_key=batch_key, query=query)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Pairing = Literal["paired", "unpaired", "mosaic"]
-Ability = Literal["translate", "batch correction"]
+Ability = Literal["translate", "denoise", "sample", "batch correction"]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Cobolt(Model):
         architecture="VAE, product of experts",
         pairing=("paired", "mosaic"),
         modalities=(("rna", "prot"), ("rna", "atac"), ("prot", "atac"), ("rna", "prot", "atac")),
-        abilities=("translate",),
+        abilities=("translate", "denoise", "sample", "batch correction"),
         departures=(
             "at least 1,500 steps, so that few cells converge",
             "embeds in evaluation mode; the original's embedding depends on neighbours in the file",

@@ -152,7 +152,8 @@ def load(cls: type[M], folder: Path, data: Any = None) -> M:
     model: M = kind.__new__(kind)
     model.preset, model.cells = facts["preset"], None
     model._describe(**{key: facts[key] for key in ("batch_key", "params", "features", "batches")})
-    model._name_inputs(facts["input_features"])
+    for name in ("n_features", "decoded_features", "depths"):
+        setattr(model, name, facts[name])
     model.views = model.pipeline(
         {role: pd.DataFrame(index=names) for role, names in model.features.items()}
     )

@@ -57,7 +57,7 @@ class ScMM(Model):
         architecture="VAE, mixture of experts",
         pairing=("paired",),
         modalities=(("rna", "prot"), ("rna", "atac")),
-        abilities=("translate",),
+        abilities=("translate", "denoise", "sample"),
         departures=(
             "learning rate 1e-3, with peaks 5e-4: the paper's 2e-3 can diverge, its 1e-4 is slow",
             "800 steps or more, so that few cells converge",
