@@ -13,7 +13,7 @@ import pandas as pd
 
 import coembed
 from coembed.data.cells import Cells
-from coembed.errors import DataError, ParameterError, did_you_mean
+from coembed.errors import DataError, OutputError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:
     from mudata import MuData
@@ -113,6 +113,70 @@ def open_mudata(data: str, cells: Cells) -> MuData:
             warnings.simplefilter("ignore")  # of mudata and anndata, about their own future
             return mudata.read_h5mu(data)
     return to_mudata(cells)
+
+
+def add_levels(mdata: MuData, levels: pd.DataFrame, name: str, model: Model) -> MuData:
+    """Return the data with decoded levels as a modality of its own, marked as predicted.
+
+    Raises:
+        OutputError: there is a modality of that name.
+    """
+    from anndata import AnnData
+    from mudata import MuData
+
+    if name in mdata.mod:
+        raise OutputError(
+            f"the data already have a modality '{name}'", remedy="Start from data without it"
+        )
+    added = AnnData(levels)
+    added.uns["coembed"] = {"predicted_by": model.card.name, "coembed": coembed.__version__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of mudata, about its own future defaults
+        grown = MuData({**mdata.mod, name: added})
+        grown.obs = mdata.obs.reindex(grown.obs_names)
+    grown.uns.update(mdata.uns)
+    return grown
+
+
+def score_translation(
+    model: Model, cells: Cells, predicted: pd.DataFrame, *, source: str, target: str
+) -> pd.DataFrame | None:
+    """Return the scores of a translation on the cells that have both modalities.
+
+    Genes and proteins are compared as log(1 + 1e4 share of the decoded features), peaks as open
+    or not (`coembed.metrics.score_translation`); besides, FOSCTTM of the modalities' embeddings.
+
+    Returns:
+        The table, or None where the data have no measured counterpart of what was predicted.
+    """
+    from coembed import metrics
+    from coembed.models.generate import measured
+
+    if target not in model.profiles or not {source, target} <= set(cells.roles):
+        return None
+    both = np.flatnonzero(cells.present[source] & cells.present[target])
+    if len(both) < 2:
+        return None
+    cells = cells.take(both)
+    binary = target == "atac"
+    columns = cells.var[target].index.get_indexer(predicted.columns)
+    levels = predicted.to_numpy()[both]
+    table = metrics.score_translation(
+        measured(cells, target, columns),
+        levels if binary else np.asarray(metrics.log_normalised(levels)),
+        kind="binary" if binary else "continuous",
+        baseline=model.profiles[target],
+        depth=np.asarray(cells.counts[source].sum(axis=1)).ravel() if binary else None,
+    )
+    here, there = (model.get_latent_representation(cells, modality=m) for m in (source, target))
+    shuffled = np.random.default_rng(0).permutation(there)
+    foscttm = {
+        "metric": "foscttm",
+        "value": metrics.foscttm(here, there),
+        "baseline": 0.5,
+        "null": metrics.foscttm(here, shuffled),
+    }
+    return pd.concat([table, pd.DataFrame([foscttm])], ignore_index=True)
 
 
 def score_embeddings(

@@ -39,7 +39,7 @@ class NetworkContract(Contract):
     def test_history_has_every_named_term(self, kind: str) -> None:
         history = self.model(kind).history
         last = history.iloc[-1]
-        named = {"stage", "epoch", "step", "learning_rate_factor"}
+        named = {"stage", "epoch", "step", "learning_rate_factor", "ended"}
         for player, terms in self.terms(kind).items():
             loss = f"train_loss_{player}"
             named |= {loss, *(f"train_{term}" for term in terms)}
@@ -51,7 +51,8 @@ class NetworkContract(Contract):
             total = sum(weight * last[f"validation_{term}"] for term, weight in terms.items())
             assert last["validation_loss"] == pytest.approx(total, rel=1e-4)
         assert set(history.columns) == named
-        assert np.isfinite(history.drop(columns="stage").to_numpy(dtype=float)).all()
+        assert np.isfinite(history.drop(columns=["stage", "ended"]).to_numpy(dtype=float)).all()
+        assert (history["ended"] != "").sum() == history["stage"].nunique()
 
     def test_cells_without_the_modality_to_embed_from_are_refused(self, kind: str) -> None:
         cells = easy_cells(kind, 60, seed=9)

@@ -86,8 +86,10 @@ def test_it_learns_and_reports_every_named_term() -> None:
     assert last["train_loss_line"] < 0.5 * first["train_loss_line"]
     assert set(last) == {
         "stage", "epoch", "step", "train_error", "train_size", "train_loss_line",
-        "validation_error", "validation_size", "validation_loss", "learning_rate_factor",
+        "validation_error", "validation_size", "validation_loss", "learning_rate_factor", "ended",
     }  # fmt: skip
+    assert {row["ended"] for row in history[:-1]} == {""}
+    assert last["ended"] == "cap" + (", still falling" if outcome.improving else "")
     for row in history:
         assert row["train_error"] + row["train_size"] == pytest.approx(row["train_loss_line"])
         assert row["validation_error"] + row["validation_size"] == pytest.approx(
@@ -179,11 +181,12 @@ def test_the_best_weights_are_kept() -> None:
 
 
 def test_without_validation_the_last_weights_are_kept() -> None:
-    net, outcome, _ = train(plain(held_back=False, epochs=3))
+    net, outcome, history = train(plain(held_back=False, epochs=3))
     longer, _, _ = train(plain(held_back=False, epochs=4))
     assert not same_weights(net, longer)
     assert outcome.stopped == "cap"
     assert outcome.improving, "three epochs are not enough, and the training loss says so"
+    assert history[-1]["ended"] == "cap, still falling"
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from coembed import __version__
+from coembed.cli.explain import explain
 from coembed.cli.options import Data, Device, Permutations, Preset, Seed, Settings, reads_data
 from coembed.cli.show import (
     at_terminal,
@@ -27,7 +29,8 @@ from coembed.cli.text import (
     sizes_of,
     takers,
 )
-from coembed.errors import CoembedError
+from coembed.cli.trained import map_verb, translate
+from coembed.errors import CoembedError, CoembedWarning
 
 app = typer.Typer(
     name="coembed",
@@ -120,7 +123,7 @@ def fit(
     say(
         f"trained on {(part == TRAIN).sum():,} cells ({(part == HELD_OUT).sum():,} held out) "
         f"for {outcome.epochs} epochs; {len(outcome.events)} restarts"
-        + ("; the held-back loss was still falling: raise max_epochs" if outcome.improving else "")
+        + ("; the loss was still falling: raise max_epochs" if outcome.improving else "")
     )
     say(f"next: coembed score {output}")
 
@@ -372,14 +375,35 @@ def data_verb(
         say(f"{output}: written")
 
 
+app.command()(translate)
+app.command(name="map")(map_verb)
+app.add_typer(explain)
+
+
 class Stopped(Exception):  # noqa: N818 - not an error
     """Ctrl-C, with what the user should know."""
+
+
+def _print_warnings() -> None:
+    """Show coembed's own warnings as a line each, without the place in our code."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+        if issubclass(category, CoembedWarning):
+            typer.secho(f"Warning: {message}", err=True, fg=typer.colors.YELLOW)
+        else:
+            others(message, category, *rest, **named)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", CoembedWarning)
 
 
 def main() -> None:
     """Run the command line; a user's error is a message and exit code 2, never a traceback."""
     try:
-        code = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            _print_warnings()
+            code = app(standalone_mode=False)
     except Stopped as stop:
         typer.secho(str(stop), err=True)
         sys.exit(130)

@@ -15,7 +15,7 @@ from coembed import __version__
 from coembed.data.minibatches import Inputs
 from coembed.errors import DataError, noted
 from coembed.models.card import Card
-from coembed.models.generate import depths, impute, levels, require, sample
+from coembed.models.generate import depths, impute, levels, profiles, require, sample
 from coembed.models.query import map_query
 from coembed.models.system import Facts, Networks, System
 from coembed.train.guard import Guard
@@ -248,6 +248,8 @@ class Model(System):
             for role in pd.unique(roles):
                 self.decoded_features[role] = list(block.var.index[roles == role])
         self.depths = depths(inputs)
+        assert self.cells is not None
+        self.profiles = profiles(self.cells, self.decoded_features)
 
     def _build(self) -> None:
         self.net = Networks()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from scipy import sparse
 from torch import Tensor
 
 from coembed.data.cells import Cells, Keys
+from coembed.data.features import log_normalised
 from coembed.errors import CoembedError, DataError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:
@@ -33,6 +34,27 @@ def depths(inputs: Inputs) -> dict[str, list[float]]:
         name: np.quantile(np.asarray(block.measured.sum(axis=1)), QUANTILES).tolist()
         for name, block in inputs.blocks.items()
     }
+
+
+def profiles(cells: Cells, decoded: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    """Return the mean of every decoded feature over the cells: what ignores its input predicts.
+
+    Of genes and proteins log(1 + 1e4 share), of peaks the share of cells where they are open. A
+    modality whose decoded features are not measured ones (gene activity) has none.
+    """
+    means = {}
+    for role, names in decoded.items():
+        columns = cells.var[role].index.get_indexer(pd.Index(names)) if role in cells.var else [-1]
+        if min(columns, default=-1) >= 0:
+            x = measured(cells, role, columns)
+            means[role] = np.asarray(x.mean(axis=0), dtype=np.float32).ravel()
+    return means
+
+
+def measured(cells: Cells, role: str, columns: Sequence[int] | np.ndarray) -> sparse.csr_matrix:
+    """Return features of the cells that have `role` as translation is scored: see `profiles`."""
+    x = cells.counts[role][cells.present[role]][:, columns]
+    return x.sign() if role == "atac" else log_normalised(x, np.asarray(x.sum(axis=1)).ravel(), 1e4)
 
 
 def require(model: Model, ability: str, verb: str) -> None:

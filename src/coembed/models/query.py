@@ -48,6 +48,7 @@ def _with_batches(model: M, batches: list[str]) -> M:
         "n_features",
         "decoded_features",
         "depths",
+        "profiles",
         "learnt",
         "views",
         "device",

@@ -69,7 +69,9 @@ def _write(model: Model, folder: Path) -> None:
     arrays: dict[str, Any] = {f"net.{k}": v for k, v in model.net.state_dict().items()}
     names: dict[str, list[str]] = {}
     views = {f"views.{k}": v for k, v in model.views.state().items()}
-    for key, value in {**views, **{f"learnt.{k}": v for k, v in model.learnt.items()}}.items():
+    learnt = {f"learnt.{k}": v for k, v in model.learnt.items()}
+    learnt |= {f"profiles.{k}": v for k, v in model.profiles.items()}
+    for key, value in {**views, **learnt}.items():
         if value.dtype.kind in "US":
             names[key] = [str(name) for name in value]
         else:
@@ -158,7 +160,7 @@ def load(cls: type[M], folder: Path, data: Any = None) -> M:
         {role: pd.DataFrame(index=names) for role, names in model.features.items()}
     )
     model.views.load_state(_under("views.", arrays))
-    model.learnt = _under("learnt.", arrays)
+    model.learnt, model.profiles = _under("learnt.", arrays), _under("profiles.", arrays)
     model._build()
     try:
         model.net.load_state_dict(

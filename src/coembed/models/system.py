@@ -110,6 +110,7 @@ class System:
         self.n_features: dict[str, int] = {}
         self.decoded_features: dict[str, list[str]] = {}
         self.depths: dict[str, list[float]] = {}
+        self.profiles: dict[str, np.ndarray] = {}
         self.device = torch.device("cpu")
 
     # -- what a system declares -------------------------------------------------------------------

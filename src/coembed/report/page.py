@@ -217,6 +217,13 @@ def _cautions(results: Results) -> list[str]:
             f"{capped} trainings reached their limit of epochs while still improving (marked "
             "below): longer ones might score better."
         )
+    warned = Counter(
+        event["message"]
+        for row in results.rows
+        for event in row["events"]
+        if event.get("event") == "warning"
+    )
+    said += [f"{n} trainings warned: {message}" for message, n in warned.most_common(5)]
     if results.plan["replicates"] == 1:
         said.append("There is one replicate: no difference here can be told from noise.")
     versions = {json.dumps(row["versions"], sort_keys=True) for row in results.rows}

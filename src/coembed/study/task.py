@@ -121,7 +121,7 @@ def execute(task: Task, source: Source) -> dict[str, Any]:
 
     outcome = model.outcome
     assert outcome is not None  # the model is trained
-    events = list(outcome.events)
+    events = [*outcome.events, *({"event": "warning", "message": w} for w in outcome.warnings)]
     embedding = {"train": np.asarray(model.get_latent_representation(), dtype=np.float32)}
     embedding["train_rows"] = train.astype(np.int64)
     if len(held_out):

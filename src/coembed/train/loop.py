@@ -123,7 +123,11 @@ class Loop:
         self.optimisers: dict[str, torch.optim.Adam] = {}
 
     def run(self) -> tuple[Outcome, list[dict[str, Any]]]:
-        """Run every stage; return how it ended and one row of named terms per round."""
+        """Run every stage; return how it ended and one row of named terms per round.
+
+        The last row of a stage says how it `ended`: as `Outcome.stopped`, and whether the loss was
+        still falling.
+        """
         resumed = self._resume()
         with self._bar() as advance:
             for index in range(self.state.stage, len(self.stages)):
@@ -189,7 +193,7 @@ class Loop:
                 return f"validation_loss is {means['validation_loss']}"
             self._judge(stage, means["validation_loss"])
         row = {"stage": stage.name, "epoch": state.epoch, "step": state.step, **means}
-        state.history.append(row | {"learning_rate_factor": state.slowdown})
+        state.history.append(row | {"learning_rate_factor": state.slowdown, "ended": ""})
         return None
 
     def _train(self, stage: Stage, epochs: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -274,6 +278,8 @@ class Loop:
             if self.best:
                 self.module.load_state_dict(self.best)
             outcome["status"], outcome["stopped"] = "diverged", "diverged"
+            if self.state.history:
+                self.state.history[-1]["ended"] = "diverged"
             outcome["message"] = (
                 f"training diverged in stage '{stage.name}' at epoch {epoch}: {complaint}, "
                 f"after {len(events)} restarts at lower learning rates"
@@ -300,6 +306,8 @@ class Loop:
         outcome["stopped"] = "cap" if capped else "early"
         recent = state.stale <= 2  # rounds since the held-back loss was lowest; 0 without one
         outcome["improving"] = capped and recent and still_falling(self._objective(stage))
+        falling = ", still falling" if outcome["improving"] else ""
+        state.history[-1]["ended"] = outcome["stopped"] + falling
         self._count()
 
     def _objective(self, stage: Stage) -> list[float]:
