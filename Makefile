@@ -5,6 +5,7 @@
 #   make test                  every check and test, as CI runs them
 #   make install               .venv alone
 #   make quick                 the fast tests alone
+#   make eight                 all models on the real pilots, hours, docs/results/eight.md
 
 PYTHON ?= python3
 DATA   ?= sim-multiome
@@ -20,7 +21,7 @@ BIN    := $(VENV)/bin
 # TORCH_INDEX=<the address of PyTorch's CPU wheels>. The default of PyPI on Linux is a CUDA build.
 TORCH_INDEX ?=
 
-.PHONY: install study test quick lint clean
+.PHONY: install study test quick eight lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -42,6 +43,9 @@ test: install lint
 
 quick: install
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+eight: install
+	$(BIN)/python benchmarks/eight.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
