@@ -21,11 +21,12 @@ ALLOWED = {
     "nn": BASE | {"data"},
     "train": BASE | {"data", "nn"},
     "models": BASE | {"data", "nn", "train"},
+    "explain": BASE | {"data", "nn", "train", "models"},
     "metrics": {"errors"},
     "study": BASE | {"data", "models", "metrics"},
     "report": BASE | {"data", "models", "metrics", "study"},
     "workflow": BASE | {"data", "models", "metrics", "study", "report"},
-    "cli": BASE | {"data", "models", "metrics", "study", "report", "workflow"},
+    "cli": BASE | {"data", "models", "explain", "metrics", "study", "report", "workflow"},
 }
 """Floor -> the floors it may import besides itself. `workflow` serves the command line."""
 HEAVY = {"torch", "scanpy", "anndata", "mudata", "sklearn", "umap", "matplotlib", "igraph", "scipy",

@@ -55,11 +55,13 @@ class NetworkContract(Contract):
         assert (history["ended"] != "").sum() == history["stage"].nunique()
 
     def test_cells_without_the_modality_to_embed_from_are_refused(self, kind: str) -> None:
-        cells = easy_cells(kind, 60, seed=9)
+        model, cells = self.model(kind), easy_cells(kind, 60, seed=9)
         role = cells.roles[1]
+        if role not in model.n_features:
+            pytest.skip("takes all modalities together")
         query = without(cells, role, np.arange(60) % 4 == 0)
         with pytest.raises(DataError, match=f"15 of 60 cells lack.*{role}"):
-            self.model(kind).get_latent_representation(query, modality=role)
+            model.get_latent_representation(query, modality=role)
 
     def test_a_file_with_the_source_alone_is_enough_to_translate(self, kind: str) -> None:
         model, cells = self.model(kind), easy_cells(kind, 30, seed=9)

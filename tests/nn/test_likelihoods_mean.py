@@ -85,6 +85,15 @@ def test_bernoulli_is_bounded() -> None:
     np.testing.assert_allclose(bernoulli(x, p), [-2.079442, -0.133531, -100.0], atol=1e-6)
 
 
+def test_bernoulli_passes_nan_on() -> None:
+    p = torch.tensor([0.5, torch.nan], requires_grad=True)
+    log_prob = bernoulli(torch.ones(2), p)
+    assert log_prob[0].item() == pytest.approx(-np.log(2), rel=1e-6)
+    assert log_prob[1].isnan()
+    (gradient,) = torch.autograd.grad(log_prob[0], p)
+    assert gradient.tolist() == [2.0, 0.0]
+
+
 def test_multinomial_draws_have_their_depth_and_their_shares() -> None:
     shares = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
     with torch.random.fork_rng(devices=[]):

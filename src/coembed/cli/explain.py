@@ -72,14 +72,14 @@ def differential(
         list[str], typer.Option(help="column=value of obs; several are taken together.")
     ],
     group_b: Annotated[
-        list[str] | None, typer.Option(help="The same. [default: all other cells with a value]")
+        list[str] | None, typer.Option(help="The same; if left out, all other cells with a value.")
     ] = None,
     role: Role = "rna",
     effect: Annotated[
         str, typer.Option(help="fold (log2), or difference for probabilities of open chromatin.")
     ] = "fold",
     delta: Annotated[
-        float | None, typer.Option(help="Least effect. [default: fold 0.25, difference 0.05]")
+        float | None, typer.Option(help="Least effect; if left out, 0.25 for a fold, else 0.05.")
     ] = None,
     own_batch: Annotated[
         bool, typer.Option("--own-batch", help="Do not average over the batches of both groups.")
@@ -92,15 +92,14 @@ def differential(
     """Compare two groups of cells feature by feature, by the model and by the counts.
 
     Effect, probability and FDR are the model's; means of log-normalised counts, shares of cells
-    with a count and the Wilcoxon test with Benjamini-Hochberg q are the data's. The FDR is right as
-    far as the model is, and Wilcoxon takes cells for replicates, which those of one donor are not.
+    with a count and Wilcoxon's q (Benjamini-Hochberg) are the data's. The FDR is right as far as
+    the model is; Wilcoxon takes cells for replicates, which those of one donor are not.
 
     [bold]Examples[/bold]
 
       coembed explain differential model/ cells.h5mu --group-a "cell_type=B cell" -o b_cells.csv
 
-      coembed explain differential model/ cells.h5mu --role prot --group-a cell_type=NK
-      --group-a cell_type=ILC --group-b "cell_type=CD8+ T" -o killers.csv
+      coembed explain differential model/ cells.h5mu --group-a type=NK --group-b type=B -o nk.csv
     """
     from coembed.explain import differential_features
 

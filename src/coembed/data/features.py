@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from coembed.data.pipeline import Array, Block, JointStep, Step
-from coembed.errors import DataError
+from coembed.errors import DataError, warn
 
 SPANS = (0.3, 0.6, 1.0)
 """Share of the genes that seurat_v3's regression sees at a time; the first is its default."""
@@ -100,6 +100,25 @@ class TopPeaks(_Selection):
         enough = 1 - min(self.minimum, len(totals)) / len(totals)
         keep = (ecdf >= min(self.quantile, enough + 1e-12)) & (totals > 0)
         self.columns = np.flatnonzero(keep)
+
+
+class OpenIn(_Selection):
+    """Peaks open in a share of the training cells from `low` to `high`; all if there are none."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def fit(self, block: Block) -> None:
+        """Count in how many training cells each peak is open."""
+        x = sparse.csr_matrix(block.measured)
+        share = x.getnnz(axis=0) / x.shape[0]
+        self.columns = np.flatnonzero((share >= self.low) & (share <= self.high))
+        if not len(self.columns):
+            warn(
+                f"no peak is open in {self.low:g} to {self.high:g} of the cells",
+                instead="all peaks are kept",
+            )
+            self.columns = np.arange(x.shape[1])
 
 
 class GeneActivity(Step):

@@ -65,6 +65,17 @@ class Inputs:
         """Return those of `rows` that have every one of the inputs `names`."""
         return rows[np.logical_and.reduce([self.blocks[name].present[rows] for name in names])]
 
+    def counted(self, name: str, rows: np.ndarray, n_batches: int) -> np.ndarray:
+        """Return (n_batches, n_features) bool: whether a batch's `rows` have a count of a feature.
+
+        True where a batch has none of the rows: nothing is known of it.
+        """
+        found = np.ones((n_batches, self.blocks[name].x.shape[1]), dtype=bool)
+        for code in np.unique(self.batch[rows]):
+            x = self.blocks[name].x[rows[self.batch[rows] == code]]
+            found[code] = np.asarray(x.sum(axis=0)).ravel() > 0
+        return found
+
     def take(self, names: Sequence[str], rows: np.ndarray) -> Inputs:
         """Return some inputs of some cells."""
         blocks = {

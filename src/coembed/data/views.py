@@ -11,6 +11,7 @@ from scipy import sparse
 
 from coembed.data.features import HighlyVariable, TopPeaks, log_normalised
 from coembed.data.pipeline import Array, Block, JointStep, Matrix, Step
+from coembed.errors import warn
 
 
 class LogNormalise(Step):
@@ -40,10 +41,11 @@ class CLR(Step):
     """
 
     def apply(self, block: Block) -> Block:
-        """Return dense values; rows of unmeasured cells are zero."""
+        """Return dense values; rows of unmeasured cells are zero. Totals are of the new values."""
         x = dense(block.x)
         centre = np.log1p(x).mean(axis=1, keepdims=True)
-        return replace(block, x=np.log1p(x * np.exp(-centre)))
+        x = np.log1p(x * np.exp(-centre))
+        return replace(block, x=x, totals=x.sum(axis=1))
 
 
 class TFIDF(Step):
@@ -63,6 +65,31 @@ class TFIDF(Step):
         factors = np.divide(1e4, totals, out=np.zeros(len(totals)), where=totals > 0)
         x = sparse.diags(factors) @ block.x @ sparse.diags(self.idf)
         return replace(block, x=sparse.csr_matrix(x, dtype=np.float32).log1p())
+
+
+class MaxAbs(Step):
+    """Each feature divided by its largest absolute value in the training cells.
+
+    Levels that are not negative then lie in [0, 1]; those of other cells are cut off at 1.
+    """
+
+    learnt = ("scale",)
+    scale: Array
+
+    def fit(self, block: Block) -> None:
+        """Find the largest value of every feature; a feature of zeros keeps its scale."""
+        largest = abs(block.measured).max(axis=0)
+        if not isinstance(largest, np.ndarray):
+            largest = largest.toarray().ravel()
+        self.scale = np.where(largest > 0, largest, 1).astype(np.float32)
+
+    def apply(self, block: Block) -> Block:
+        """Keep sparsity."""
+        if isinstance(block.x, np.ndarray):
+            return replace(block, x=np.clip(block.x / self.scale, -1, 1))
+        x = sparse.csr_matrix(block.x @ sparse.diags(1 / self.scale), dtype=np.float32)
+        x.data.clip(-1, 1, out=x.data)
+        return replace(block, x=x)
 
 
 class Standardise(Step):
@@ -143,7 +170,7 @@ class TruncatedSVD(PCs):
         from sklearn.decomposition import TruncatedSVD as Decomposition
 
         x = block.measured
-        model = Decomposition(min(self.n, min(x.shape) - 1), random_state=0).fit(x)
+        model = Decomposition(_possible(self.n, x), random_state=0).fit(x)
         self.loadings = model.components_.astype(np.float32)
         self.centre = np.zeros(x.shape[1], dtype=np.float32)
 
@@ -166,11 +193,20 @@ class UnitVariance(Step):
 def _principal_axes(x: Matrix, n: int) -> tuple[Array, Array]:
     from sklearn.decomposition import PCA
 
-    model = PCA(min(n, min(x.shape) - 1), svd_solver="arpack", random_state=0).fit(x)
+    model = PCA(_possible(n, x), svd_solver="arpack", random_state=0).fit(x)
     return (
         model.mean_.astype(np.float32),
         model.components_.astype(np.float32),
     )
+
+
+def _possible(n: int, x: Matrix) -> int:
+    """Return the number of components there can be; fewer cells than components are announced."""
+    n_cells, n_features = x.shape
+    if n >= n_cells:
+        most = min(n_cells, n_features) - 1
+        warn(f"{n} components need more than {n_cells} cells", instead=f"{most} are used")
+    return int(min(n, n_cells - 1, n_features - 1))
 
 
 def _projected(block: Block, centre: Array, loadings: Array) -> Block:
@@ -212,10 +248,26 @@ class Concatenate(JointStep):
         return {
             "joint": Block(
                 x=np.hstack([dense(part.x) for part in parts]),
-                var=pd.concat([part.var[[]] for part in parts]),
+                var=pd.concat([block.var[[]].assign(_role=role) for role, block in blocks.items()]),
                 totals=np.sum([part.totals for part in parts], axis=0),
                 present=np.logical_or.reduce([part.present for part in parts]),
             )
+        }
+
+
+class MisreadColumns(JointStep):
+    """The review's columns: peaks, then genes, of which as many as there are genes are 'rna'."""
+
+    def apply(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        """Cut [peaks, genes] where [genes, peaks] should be cut."""
+        rna, atac = blocks["rna"], blocks["atac"]
+        x = sparse.csr_matrix(sparse.hstack([atac.x, rna.x]), dtype=np.float32)
+        var, n = pd.concat([atac.var, rna.var]), len(rna.var)
+        present = rna.present | atac.present
+        parts = {"rna": slice(n), "atac": slice(n, None)}
+        return {
+            role: replace(blocks[role], x=x[:, part], var=var.iloc[part], present=present)
+            for role, part in parts.items()
         }
 
 

@@ -170,9 +170,7 @@ def sample(model: Model, n: int, *, batch: str | None, near: Any, seed: int) -> 
 
 
 def _from_prior(model: Model, n: int) -> tuple[Tensor, Tensor]:
-    width = model.n_latent
-    prior = type(model.prior)(*(part.expand(n, width) for part in model.prior))
-    return prior.sample(), torch.randint(len(model.batches), (n,)).to(model.device)
+    return model.sample_prior(n), torch.randint(len(model.batches), (n,)).to(model.device)
 
 
 def _from_posterior(model: Model, near: Any, n: int) -> tuple[Tensor, Tensor]:

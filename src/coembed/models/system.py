@@ -131,10 +131,14 @@ class System:
         raise NotImplementedError
 
     @property
-    def prior(self) -> Gaussian | Laplace:
-        """The prior of the latent variable, broadcast over K; N(0, 1) unless a system says so."""
+    def prior(self) -> Any:
+        """The prior of the latent variable, of the posterior's kind, broadcast over K; N(0, 1)."""
         zero = torch.zeros((), device=self.device)
         return Gaussian(zero, zero)
+
+    def sample_prior(self, n: int) -> Tensor:
+        """Return n points drawn from the prior, (n, K)."""
+        return type(self.prior)(*(part.expand(n, self.n_latent) for part in self.prior)).sample()
 
     def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
         """Return the denoised share or level of every feature of `role`, (b, n_features).

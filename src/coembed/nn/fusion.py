@@ -48,3 +48,16 @@ def mean_of_experts(means: Sequence[Tensor], present: Sequence[Tensor] | None = 
         return stacked.mean(0)
     weight = torch.stack(list(present)).to(stacked.dtype).unsqueeze(-1)
     return (stacked * weight).sum(0) / weight.sum(0)
+
+
+def average_of_experts(experts: Sequence[Gaussian], present: Sequence[Tensor]) -> Gaussian:
+    """Return N(mean of the means, sum of the variances / sqrt(M)) of a cell's M modalities.
+
+    Args:
+        experts: one (b, K) Gaussian per modality.
+        present: one (b,) bool per modality; each cell needs one.
+    """
+    means, log_vars = zip(*experts, strict=True)
+    m = torch.stack(list(present)).sum(0).unsqueeze(-1)
+    variance = mean_of_experts([v.exp() for v in log_vars], present) * m.sqrt()
+    return Gaussian(mean_of_experts(means, present), variance.log())

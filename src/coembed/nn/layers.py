@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 Layer = Callable[[], nn.Module]
 Norm = Callable[[int], nn.Module]
@@ -93,3 +94,56 @@ def batch_one_hot(codes: Tensor, n_batches: int) -> Tensor:
         return torch.empty(len(codes), 0, device=codes.device)
     known = torch.eye(n_batches, device=codes.device)
     return torch.cat([known, known.mean(0, keepdim=True)])[codes]
+
+
+class DomainNorm(nn.Module):
+    """Batch normalisation with statistics, weight and bias of each row's own domain (DSBN).
+
+    A domain's only row in a minibatch passes unchanged in training: it has no variance
+    (scalex.md section 4). The table of every parameter has a row per domain.
+
+    Args:
+        width: number of features.
+        n_domains: number of domains; with one, this is `nn.BatchNorm1d`.
+        eps: added to variances.
+        momentum: weight of a minibatch in the running statistics.
+    """
+
+    def __init__(
+        self, width: int, n_domains: int = 1, *, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(n_domains, width))
+        self.bias = nn.Parameter(torch.zeros(n_domains, width))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(n_domains, width))
+        self.register_buffer("running_var", torch.ones(n_domains, width))
+
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Return (b, width) for x (b, width).
+
+        Args:
+            x: the activations.
+            codes: (b,) int64 domain of each row. In evaluation -1, a domain never seen, gets the
+                mean over the domains of every table; there are none in training.
+        """
+        if not self.training:
+            mean, var, weight, bias = (
+                torch.cat([table, table.mean(0, keepdim=True)])[codes]
+                for table in (self.running_mean, self.running_var, self.weight, self.bias)
+            )
+            return (x - mean) * torch.rsqrt(var + self.eps) * weight + bias
+        out = x.clone()
+        for d in range(len(self.weight)):
+            rows = codes == d
+            if rows.sum() > 1:
+                out[rows] = batch_norm(
+                    *(x[rows], self.running_mean[d], self.running_var[d]),
+                    *(self.weight[d], self.bias[d]),
+                    training=True,
+                    momentum=self.momentum,
+                    eps=self.eps,
+                )
+        return out

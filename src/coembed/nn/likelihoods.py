@@ -67,4 +67,5 @@ def poisson(x: Tensor, mean: Tensor) -> Tensor:
 
 def bernoulli(x: Tensor, p: Tensor) -> Tensor:
     """Return log Bernoulli(x; p) for x in [0, 1]; logarithms are not taken below -100."""
-    return -binary_cross_entropy(p, x, reduction="none")
+    known = p.nan_to_num(nan=0.0)  # torch refuses NaN, which is the guard's to see
+    return torch.where(p.isnan(), p, -binary_cross_entropy(known, x, reduction="none"))

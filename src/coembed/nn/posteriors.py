@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,15 @@ class Gaussian(NamedTuple):
         log_ratio = self.log_var - prior.log_var
         gap = (self.mean - prior.mean).square() * torch.exp(-prior.log_var)
         return 0.5 * (log_ratio.exp() + gap - 1 - log_ratio).sum(-1)
+
+    def jeffreys(self, other: Gaussian) -> Tensor:
+        """Return KL(self || other) + KL(other || self), (...,)."""
+        return self.kl(other) + other.kl(self)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log-density at z (..., K), summed over the K dimensions, (...,)."""
+        gap = (z - self.mean).square() * torch.exp(-self.log_var)
+        return -0.5 * (math.log(2 * math.pi) + self.log_var + gap).sum(-1)
 
 
 class Laplace(NamedTuple):

@@ -24,6 +24,9 @@ Stopped = Literal["early", "cap", "diverged", "none"]
 TOLERANCE = 1e-4
 """Relative fall of the validation loss that counts as an improvement when patience is counted."""
 
+ADVERSARIAL = "adversarial"
+"""The term by which a player works against another; the only one that need not fall."""
+
 FALLING = 0.01
 """Share of the whole fall of the loss, in the last tenth of a plan, that means it still falls."""
 
@@ -38,7 +41,7 @@ class Outcome:
         stopped: 'early' (no improvement), 'cap' (the plan ended), 'diverged', or 'none' (nothing
             to train).
         improving: the plan ended while the loss still fell: that of the held-back cells, or, where
-            none are held back and no players compete, that of the training cells.
+            none are held back, that of the training cells.
         epochs: epochs done, over all stages.
         steps: optimiser steps of each player, over all stages.
         parameters: how many numbers the networks have.
@@ -72,6 +75,7 @@ class _State:
     minima: dict[str, float] = field(default_factory=dict)
     slowdown: float = 1.0
     trained: list[str] = field(default_factory=list)
+    terms: dict[str, list[str]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     outcome: dict[str, Any] = field(default_factory=lambda: asdict(Outcome()))
     sampler: dict[str, Any] = field(default_factory=dict)
@@ -214,6 +218,7 @@ class Loop:
                 name, optimiser = f"train_loss_{player.name}", self.optimisers[player.name]
                 optimiser.zero_grad()
                 terms = player.loss(batch, clock)
+                state.terms[player.name] = list(terms)
                 loss = player.total(terms, clock)
                 loss.backward(inputs=player.parameters)  # not through those of other players
                 optimiser.step()
@@ -313,22 +318,17 @@ class Loop:
     def _objective(self, stage: Stage) -> list[float]:
         """Return the loss by round, final weights: of held-back cells, else of the training cells.
 
-        Empty where players compete and no cells are held back: such losses need not fall.
+        Of competing players it is that of the one with an 'adversarial' term, without that term:
+        only the rest must fall.
         """
         rows = [row for row in self.state.history if row["stage"] == stage.name]
         if stage.validation:
             return [row["validation_loss"] for row in rows]
-        if len(stage.players) > 1:
-            return []
-        (player,), prefix = stage.players, "train_"
-        return [
-            sum(
-                player.weight(name.removeprefix(prefix), Clock.end()) * value
-                for name, value in row.items()
-                if name.startswith(prefix) and not name.startswith("train_loss_")
-            )
-            for row in rows
-        ]
+        terms = self.state.terms
+        judged = next((p for p in stage.players if ADVERSARIAL in terms[p.name]), stage.players[0])
+        own = [term for term in terms[judged.name] if term != ADVERSARIAL]
+        weights = {f"train_{term}": judged.weight(term, Clock.end()) for term in own}
+        return [sum(weight * row[name] for name, weight in weights.items()) for row in rows]
 
     def _count(self) -> None:
         self.state.outcome["epochs"] += self.state.epoch

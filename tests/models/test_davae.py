@@ -1,0 +1,319 @@
+"""DAVAE: the contract, and the closed forms of specs/davae.md section 10."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from contract import without
+from easy import easy_cells, neighbour_accuracy
+from networks import NetworkContract
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+
+from coembed.data.minibatches import Batch, Independent, Inputs
+from coembed.data.pipeline import Block
+from coembed.models.davae import DAVAE, ShiftedNorm
+from coembed.nn.posteriors import Gaussian
+from coembed.train.loop import Loop, seeded
+from coembed.train.stage import Clock, Player
+
+CPU = torch.device("cpu")
+NOW = Clock(0, 1)
+GENES = 40
+
+
+def built(genes: int = GENES, **params: object) -> DAVAE:
+    model = DAVAE(easy_cells("multiome", 30), **params)
+    model.n_features = {"rna": genes, "atac": genes}
+    with seeded(0, CPU):
+        model._build()
+    return model
+
+
+@pytest.fixture
+def batch() -> Batch:
+    rna, atac = torch.rand(2, 12, GENES, generator=torch.Generator().manual_seed(1))
+    x = {"rna": rna, "atac": 2 * atac}
+    return Batch(
+        x,
+        {m: torch.ones(len(v), dtype=torch.bool) for m, v in x.items()},
+        {m: torch.zeros(len(v), dtype=torch.int64) for m, v in x.items()},
+    )
+
+
+class TestDAVAE(NetworkContract):
+    name = "davae"
+    params: ClassVar = {"max_epochs": 60, "batch_size": 64}
+    kinds = ("multiome",)
+    validated = False
+
+    def terms(self, kind: str) -> dict[str, dict[str, float]]:
+        weight = 60 * DAVAE.Params().domain_weight
+        return {"davae": {"reconstruction": 1.0, "kl": 1.0, "adversarial": weight}}
+
+    def test_needs_no_paired_cell(self) -> None:
+        cells = easy_cells("multiome", 120)
+        half = np.arange(120) < 60
+        unpaired = without(without(cells, "rna", half), "atac", ~half)
+        z = self.fit(unpaired, max_epochs=100, batch_size=40).get_latent_representation()
+        assert np.isfinite(z).all()
+        assert neighbour_accuracy(z[half], cells.labels[half]) > 0.9
+        assert neighbour_accuracy(z[~half], cells.labels[~half]) > 0.9
+
+    def test_a_paired_cell_lies_between_its_two_embeddings(self, kind: str) -> None:
+        model = self.model(kind)
+        rna, atac = (model.get_latent_representation(modality=m) for m in ("rna", "atac"))
+        np.testing.assert_allclose(
+            model.get_latent_representation(), (rna + atac) / 2, rtol=1e-4, atol=1e-5
+        )
+
+    def test_levels_differ_between_the_domains_as_the_data_do(self, kind: str) -> None:
+        """Half of the genes have two peaks, half one: activity is not expression."""
+        model = self.model(kind)
+        views = model.views.apply(easy_cells(kind))
+        tables = [model.get_normalized_expression(m) for m in model.roles]
+        assert list(tables[0].columns) == list(tables[1].columns)
+        decoded, observed = (
+            np.subtract(*(np.asarray(x.mean(axis=0)).ravel() for x in pair))
+            for pair in (tables, [views[m].x for m in model.roles])
+        )
+        assert np.corrcoef(decoded, observed)[0, 1] > 0.9
+
+
+# -- section 10.1: parameters ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("conditional", "latent", "encoder", "decoder", "classifier"),
+    [
+        (False, 5, 139_018, 139_848, 146),
+        (True, 5, 139_274, 139_912, 146),
+        (True, 10, 139_604, 140_072, 226),
+    ],
+)
+def test_number_of_parameters(
+    conditional: bool, latent: int, encoder: int, decoder: int, classifier: int
+) -> None:
+    net = built(1000, conditional=conditional, n_latent=latent).net
+    parts = {
+        encoder: (net.encoder, net.mean, net.log_var),
+        decoder: (net.decoder, net.level),
+        classifier: (net.classifier,),
+    }
+    for expected, modules in parts.items():
+        assert sum(p.numel() for m in modules for p in m.parameters()) == expected
+    total = sum(p.numel() for p in net.parameters())
+    assert total == {146: 279_012 if not conditional else 279_332, 226: 279_902}[classifier]
+    running = [b.numel() for name, b in net.named_buffers() if "running" in name]
+    assert sum(running) == 928
+
+
+def test_starting_weights() -> None:
+    for layer in built().net.modules():
+        if isinstance(layer, torch.nn.Linear):
+            bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+            assert layer.weight.abs().max() <= bound
+            assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2)
+            assert not layer.bias.any()
+
+
+def test_normalisation_shifts_without_gain() -> None:
+    norm, x = ShiftedNorm(3), torch.randn(50, 3) * 0.01 + 5
+    torch.nn.init.constant_(norm.bias, 2.0)
+    variance = x.var(0, correction=0)
+    expected = (x - x.mean(0)) / (variance + 1e-3).sqrt() + 2
+    torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm.running_mean, 0.01 * x.mean(0))
+    assert [name for name, _ in norm.named_parameters()] == ["bias"]
+
+
+# -- section 10.2, 10.3: the terms ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variance", "flag", "value"),
+    [(1.0, False, 1000.0), (1.0, True, 1000.0), (0.1, True, -22_025.85), (0.1, False, -1302.585)],
+)
+def test_reconstruction_of_residuals_without_mean(
+    variance: float, flag: bool, value: float
+) -> None:
+    residuals = math.sqrt(variance) * torch.tensor([1.0, -1.0]).repeat(8, 1000)
+    model = built(log_v_over_v=flag)
+    assert model.reconstruction(residuals).item() == pytest.approx(value, rel=1e-5)
+
+
+def test_reconstruction_is_the_gaussian_likelihood_at_the_variance_of_the_residuals() -> None:
+    r = torch.randn(20, GENES, generator=torch.Generator().manual_seed(0)) + 0.3
+    normal = torch.distributions.Normal(0, r.std(correction=0))
+    expected = -normal.log_prob(r).sum(1).mean() - GENES / 2 * math.log(2 * math.pi)
+    torch.testing.assert_close(built().reconstruction(r), expected)
+
+
+def test_an_undecided_classifier(batch: Batch) -> None:
+    model = built(2000, domain_weight=3.0)
+    for weights in model.net.classifier.parameters():
+        torch.nn.init.zeros_(weights)
+    x = torch.rand(12, 2000)
+    wide = Batch({"rna": x, "atac": x}, batch.present, batch.batch)
+    term = model.loss(wide, NOW)["adversarial"]
+    (player,) = plan(model, toy_inputs(20, 2000)[0])
+    weighted = player.weight("adversarial", NOW) * term
+    assert weighted.item() == pytest.approx(3 * 1386.294, abs=0.01)
+
+
+def plan(model: DAVAE, inputs: Inputs) -> list[Player]:
+    (stage,) = model.stages(inputs, np.arange(inputs.n_cells), np.arange(0))
+    assert isinstance(stage.sampler, Independent)
+    assert stage.sampler.batch_size == model.params.batch_size // 2
+    return list(stage.players)
+
+
+def test_terms_by_hand(batch: Batch) -> None:
+    model = built()
+    model.net.eval()
+    with seeded(3, CPU):
+        terms = model.loss(batch, NOW)
+    x = torch.cat(list(batch.x.values()))
+    told = torch.eye(2).repeat_interleave(12, 0)
+    h = model.net.encoder(x, told)
+    mean, log_var = model.net.mean(h), model.net.log_var(h)
+    with seeded(3, CPU):
+        z = mean + torch.randn_like(mean) * torch.exp(log_var / 2)
+    level = model.net.level(model.net.decoder(z, told))
+    r = x - torch.log1p(torch.exp(level))
+    log_shares = model.net.classifier(z).log_softmax(1)
+    expected = {
+        "reconstruction": GENES / 2 * (r.square().mean() / r.var(correction=0))
+        + GENES / 2 * r.var(correction=0).log(),
+        "kl": 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean(),
+        "adversarial": -(log_shares[:12, 0].sum() + log_shares[12:, 1].sum()) / 24,
+    }
+    assert set(terms) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5)
+
+
+# -- section 10.4: the reversal -------------------------------------------------------------------
+
+
+def test_the_classifier_learns_the_domain_and_the_encoder_unlearns_it(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = {}
+    for reversed_ in (True, False):
+        model = built()
+        model.net.eval()
+        if not reversed_:
+            monkeypatch.setattr("coembed.models.davae.reverse_gradient", lambda z: z)
+        with seeded(3, CPU):
+            model.loss(batch, NOW)["adversarial"].backward()
+        gradients[reversed_] = {n: p.grad for n, p in model.net.named_parameters()}
+    for name, plain in gradients[False].items():
+        if name.startswith("classifier"):
+            assert torch.equal(gradients[True][name], plain)
+        elif name.startswith(("encoder", "mean", "log_var")):
+            assert plain.any()
+            assert torch.equal(gradients[True][name], -plain), name
+        else:
+            assert plain is None, "the decoder is not judged"
+
+
+# -- section 10.7: two domains that differ by a shift of every gene -------------------------------
+
+
+def toy_inputs(n: int, genes: int = GENES) -> tuple[Inputs, np.ndarray]:
+    """Four types; the second domain is another draw, shifted gene by gene (simulated)."""
+    random = np.random.default_rng(0)
+    types = random.integers(4, size=n)
+    centres, shift = random.uniform(0, 2, (4, genes)), random.uniform(0, 1, genes)
+    var = pd.DataFrame(index=[f"g{i}" for i in range(genes)])
+    blocks = {
+        m: Block(
+            (centres[types] + move + 0.3 * random.normal(size=(n, genes))).clip(0).astype("f4"),
+            var, np.ones(n), np.ones(n, bool),
+        )
+        for m, move in (("rna", 0), ("atac", shift))
+    }  # fmt: skip
+    return Inputs(blocks, np.zeros(n, dtype=np.int64), CPU), types
+
+
+def readable(conditional: bool, domain_weight: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """Train on the toy; return how well a fresh classifier reads the domain, z and the types."""
+    n = 400
+    inputs, types = toy_inputs(n)
+    model = built(conditional=conditional, domain_weight=domain_weight, min_steps=500)
+    with seeded(0, CPU):
+        Loop(model.net, model.stages(inputs, np.arange(n), np.arange(0)), inputs, seed=0).run()
+    model.net.eval()
+    z = np.concatenate([model.latent(inputs.take([m], np.arange(n))) for m in model.roles])
+    accuracy = cross_val_score(LogisticRegression(max_iter=500), z, np.arange(2 * n) >= n)
+    return float(accuracy.mean()), z, np.tile(types, 2)
+
+
+def test_the_domain_is_readable_without_the_adversary_and_not_with_it() -> None:
+    """Section 10.7, and what being told the domain adds."""
+    plain, *_ = readable(conditional=False, domain_weight=0)
+    assert plain > 0.95
+    blind, z, types = readable(conditional=True, domain_weight=0.01)
+    assert blind < 0.75
+    assert neighbour_accuracy(z, types) > 0.95
+
+
+# -- presets and flags ----------------------------------------------------------------------------
+
+
+def test_review_preset() -> None:
+    review = DAVAE.resolve_params(easy_cells("multiome", 30), "review")
+    default = DAVAE.resolve_params(easy_cells("multiome", 30))
+    assert (review["batch_size"], review["max_epochs"], review["min_steps"]) == (100, 100, 0)
+    assert (review["learning_rate"], review["domain_weight"]) == (0.01, 6.0)
+    assert (review["n_latent"], review["n_top_genes"]) == (10, 4000)
+    assert review["conditional"]
+    for flag in ("one_reference", "log_v_over_v"):
+        assert review[flag]
+        assert not default[flag]
+
+
+def test_conditional(batch: Batch) -> None:
+    x = batch.x["rna"]
+    for flag in (False, True):
+        model = built(conditional=flag)
+        model.net.eval()
+        means = [model.encode(x, model.domain(m, 12)).mean for m in model.roles]
+        levels = [model.decode(means[0], torch.zeros(12), m) for m in model.roles]
+        for a, b in (means, levels):
+            assert torch.equal(a, b) != flag
+
+
+def test_one_reference(batch: Batch) -> None:
+    """Section 10.5: with z held fixed, the values of the other modality do not matter."""
+    moved = Batch({**batch.x, "atac": batch.x["atac"] + 1}, batch.present, batch.batch)
+    certain = Gaussian(torch.randn(24, 10), torch.full((24, 10), -80.0))
+    for flag in (False, True):
+        model = built(one_reference=flag)
+        model.net.eval()
+        model.encode = lambda x, domains: certain  # type: ignore[method-assign]
+        first, second = model.loss(batch, NOW), model.loss(moved, NOW)
+        assert torch.equal(first["reconstruction"], second["reconstruction"]) == flag
+        for term in ("kl", "adversarial"):
+            assert torch.equal(first[term], second[term])
+    of_genes = batch.x["rna"] - model.decode(certain.mean[:12], torch.zeros(12), "rna")
+    padded = torch.cat([of_genes, torch.zeros(12, GENES)])
+    torch.testing.assert_close(first["reconstruction"], model.reconstruction(padded))
+
+
+def test_log_v_over_v(batch: Batch) -> None:
+    values = {}
+    for flag in (False, True):
+        model = built(log_v_over_v=flag)
+        model.net.eval()
+        with seeded(3, CPU):
+            values[flag] = model.loss(batch, NOW)
+    for name in ("kl", "adversarial"):
+        assert torch.equal(values[True][name], values[False][name])
+    assert values[True]["reconstruction"] != values[False]["reconstruction"]
