@@ -20,6 +20,7 @@ from coembed.data.views import (
     Concatenate,
     JointPCs,
     LogNormalise,
+    MaxAbs,
     PCs,
     Standardise,
     StandardiseCells,
@@ -52,6 +53,22 @@ def test_clr_is_the_variant_that_keeps_zeros() -> None:
     # mean of log1p(1, 3, 0) = (ln 2 + ln 4) / 3 = ln 2, so x is halved before log1p.
     x = run(CLR(), block([[1, 3, 0], [0, 0, 0]]))
     np.testing.assert_allclose(x, [[np.log(1.5), np.log(2.5), 0], [0, 0, 0]], rtol=1e-6)
+
+
+def test_clr_twice_normalised_divides_by_the_total_of_the_new_values() -> None:
+    clr = CLR().apply(block([[1, 3, 0], [0, 0, 0]]))
+    np.testing.assert_allclose(clr.totals, values(clr.x).sum(axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_max_abs_scales_by_the_largest_training_value_and_cuts_others_off(dense: bool) -> None:
+    train = block([[2, 0, -4], [1, 0, 2], [9, 9, 9]], present=[1, 1, 0], dense=dense)
+    step = fitted(MaxAbs(), train)
+    other = block([[1, 0, 2], [3, 0.5, -8], [0, 0, 0]], dense=dense)
+    np.testing.assert_allclose(
+        values(step.apply(other).x), [[0.5, 0, 0.5], [1, 0.5, -1], [0, 0, 0]]
+    )
+    assert values(step.apply(train).x).dtype == np.float32
 
 
 def test_tfidf_is_signacs_formula() -> None:

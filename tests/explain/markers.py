@@ -36,7 +36,9 @@ def marked_cells() -> Cells:
     return Cells(
         counts=counts,
         present={role: np.ones(240, dtype=bool) for role in counts},
-        var={role: pd.DataFrame(index=[f"{role}{j}" for j in range(n)]) for role, n in WIDTHS.items()},
+        var={
+            role: pd.DataFrame(index=[f"{role}{j}" for j in range(n)]) for role, n in WIDTHS.items()
+        },
         obs=obs,
         keys=Keys(batch="batch", label="type"),
         name="sim-markers",

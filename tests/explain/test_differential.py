@@ -115,6 +115,15 @@ def test_simulated_markers_are_found_and_nothing_else(trained, cells, role: str)
 
 
 @pytest.mark.parametrize("role", ["rna", "prot"])
+def test_what_counts_do_not_support_is_not_a_marker(trained, cells, role: str) -> None:
+    """At a smaller delta a model of few cells believes chance; the columns beside it say so."""
+    a, b = of_type(cells, "A"), of_type(cells, "B")
+    table = differential_features(trained, role, a, b, delta=0.25)
+    found = table[(table["fdr"] <= 0.05) & (table["wilcoxon_q"] <= 0.05)]
+    assert set(found["feature"]) == {*markers(role, "A"), *markers(role, "B")}
+
+
+@pytest.mark.parametrize("role", ["rna", "prot"])
 @pytest.mark.parametrize("kinds", [("A",), ("A", "B", "C")])
 def test_random_halves_do_not_differ(trained, cells, role: str, kinds: tuple[str, ...]) -> None:
     """Of one type, and of all: two random cells then do differ, one way as often as the other."""
@@ -227,13 +236,13 @@ def test_settings_that_cannot_be(trained, cells) -> None:
     for wrong in ({"n_samples": 0}, {"delta": -1.0}, {"pseudocount": 0.0}):
         with pytest.raises(ParameterError, match="not allowed"):
             differential_features(trained, "rna", a, **wrong)
-    with pytest.raises(ParameterError, match="no difference can pass 1e\\+09.*Compare by 'fold'"):
+    with pytest.raises(ParameterError, match=r"no difference can pass 1e\+09.*Compare by 'fold'"):
         differential_features(trained, "rna", a, effect="difference", delta=1e9)
 
 
 def test_systems_that_cannot(linear, trained, cells, monkeypatch: pytest.MonkeyPatch) -> None:
     a = of_type(cells, "A")
-    with pytest.raises(CoembedError, match="cannot decode features.*cobolt"):
+    with pytest.raises(CoembedError, match=r"cannot decode features.*cobolt"):
         differential_features(linear, "rna", a)
     monkeypatch.setattr(type(trained), "posterior", System.posterior)
     other = {"cobolt": "scmm", "scmm": "cobolt"}[trained.card.name]

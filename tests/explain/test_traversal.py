@@ -108,7 +108,7 @@ def test_fold_does_not_depend_on_the_unit() -> None:
 
 
 def test_what_cannot_be(trained, linear) -> None:
-    with pytest.raises(CoembedError, match="cannot decode features.*cobolt"):
+    with pytest.raises(CoembedError, match=r"cannot decode features.*cobolt"):
         traversal(linear, "rna")
     with pytest.raises(ParameterError, match="no modality 'atac'"):
         traversal(trained, "atac")

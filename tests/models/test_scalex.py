@@ -156,7 +156,6 @@ def test_batches_mix_with_their_own_parameters_and_less_without() -> None:
         same[no_batch] = np.mean([
             neighbour_accuracy(z[cells.labels == t], cells.batch[cells.labels == t]) for t in "ABC"
         ])  # fmt: skip
-    print(same)
     assert same[False] < 0.65, "near the half of chance"
     assert same[True] > same[False] + 0.1
 
@@ -190,10 +189,19 @@ def test_the_plan() -> None:
     inputs = Inputs({}, np.zeros(500, dtype=np.int64), torch.device("cpu"))
     (stage,) = model.stages(inputs, np.arange(500), np.arange(0))
     (player,) = stage.players
-    assert (player.lr, player.weight_decay, player.weights) == (3e-3, 5e-4, {"kl": 0.5})
+    assert (player.lr, player.weight_decay, player.weights) == (5e-3, 5e-4, {"kl": 0.5})
     assert stage.sampler.steps_per_epoch == 8
     assert stage.planned_steps == 2000
     assert stage.validation == []
+
+
+def test_a_batch_of_one_cell_trains() -> None:
+    cells = easy_cells("cite", 60)
+    batch = np.where(np.arange(60) == 7, "alone", cells.batch)
+    cells = replace(cells, obs=cells.obs.assign(batch=batch))
+    model = SCALEX(cells).train(2, progress=False, device="cpu")
+    assert np.isfinite(model.get_latent_representation()).all()
+    assert np.isfinite(model.get_normalized_expression("rna").to_numpy()).all()
 
 
 # -- flags of the preset 'review' -----------------------------------------------------------------

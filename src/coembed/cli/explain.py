@@ -10,7 +10,7 @@ import typer
 
 from coembed.cli.options import Data, Seed, reads_data
 from coembed.cli.show import say, show_table
-from coembed.cli.trained import Trained
+from coembed.cli.trained import Trained, read_for
 from coembed.errors import DataError, OutputError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def differential(
         str, typer.Option(help="fold (log2), or difference for probabilities of open chromatin.")
     ] = "fold",
     delta: Annotated[
-        float | None, typer.Option(help="Least effect; if left out, 0.25 for a fold, else 0.05.")
+        float | None, typer.Option(help="Least effect; if left out, 0.5 for a fold, else 0.05.")
     ] = None,
     own_batch: Annotated[
         bool, typer.Option("--own-batch", help="Do not average over the batches of both groups.")
@@ -124,7 +124,8 @@ def differential(
     found = table[table["fdr"] <= fdr]
     say(
         f"{a.sum():,} cells against {b.sum():,}: {len(found):,} of {len(table):,} features at an "
-        f"FDR of {fdr:g}, {(found['effect'] > 0).sum():,} of them higher in the first group"
+        f"FDR of {fdr:g}, {(found['effect'] > 0).sum():,} of them higher in the first group, "
+        f"{(found['wilcoxon_q'] <= fdr).sum():,} with a Wilcoxon q of {fdr:g} or less too"
     )
 
 
@@ -167,13 +168,12 @@ def archetypes(
 
 def _opened(model: Path, data: str, reading: dict[str, Any], output: Path) -> tuple[Model, Cells]:
     """Return the model, and the cells with the batch column it was trained with."""
-    from coembed.data.pilots import resolve
     from coembed.models.saving import load_model
 
     if output.suffix != ".csv":
         raise OutputError("does not end in .csv", where=str(output), remedy="Name a .csv file")
     trained = load_model(model)
-    return trained, resolve(data, **{"batch_key": trained.batch_key, **reading, "query": True})
+    return trained, read_for(trained, data, reading)
 
 
 def _group(cells: Cells, terms: list[str], option: str) -> np.ndarray:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coembed.cli.options import Data, Seed, reads_data
 from coembed.cli.show import at_terminal, say, show_table
 from coembed.cli.text import refuse_input
+
+if TYPE_CHECKING:
+    from coembed.data.cells import Cells
+    from coembed.models.base import Model
 
 Trained = Annotated[Path, typer.Argument(help="Folder of a trained model (`coembed fit --save`).")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The new .h5mu file.")]
@@ -41,14 +45,13 @@ def translate(
 
       coembed translate model/ rna_only.h5ad --from rna --to atac -o predicted.h5mu
     """
-    from coembed.data.pilots import resolve
     from coembed.data.write import write_h5mu
     from coembed.models.saving import load_model
     from coembed.workflow import add_levels, open_mudata, score_translation
 
     refuse_input(data, output, overwrite)
     trained = load_model(model)
-    cells = resolve(data, **_keys_of(trained, reading), query=True)
+    cells = read_for(trained, data, reading)
     levels = trained.translate(
         target, source=source, data=cells, transform_batch=transform_batch or None
     )
@@ -94,14 +97,13 @@ def map_verb(
     """
     import numpy as np
 
-    from coembed.data.pilots import resolve
     from coembed.data.write import write_h5mu
     from coembed.models.saving import load_model
     from coembed.workflow import HELD_OUT, attach, open_mudata
 
     refuse_input(data, output, overwrite)
     trained = load_model(model)
-    cells = resolve(data, **_keys_of(trained, reading), query=True)
+    cells = read_for(trained, data, reading)
     mapped = trained.map_query(cells, steps=steps, seed=seed, progress=at_terminal())
     mdata = open_mudata(data, cells)
     name = attach(mdata, mapped, cells, np.full(cells.n_cells, HELD_OUT, dtype=object))
@@ -114,8 +116,8 @@ def map_verb(
     say(f"next: coembed score {output}")
 
 
-def _keys_of(model: Any, reading: dict[str, Any]) -> dict[str, Any]:
-    """Return how to read the data: with the batch column of the training data, if not named."""
-    if "batch_key" in reading or model.batch_key is None:
-        return reading
-    return {**reading, "batch_key": model.batch_key}
+def read_for(model: Model, data: str, reading: dict[str, Any]) -> Cells:
+    """Return the cells of a file or pilot, with the model's own batch column if none is named."""
+    from coembed.data.pilots import resolve
+
+    return resolve(data, **{"batch_key": model.batch_key, **reading, "query": True})

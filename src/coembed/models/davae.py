@@ -81,7 +81,7 @@ class DAVAE(Model):
         conditional: bool = param(True, "the networks are told the domain", "package's default")
         domain_weight: float = param(0.01, "lambda, per gene", "ours: see the departures", ge=0)
         batch_size: int = param(128, "rows in a minibatch, half of each domain", "original", ge=16)
-        learning_rate: float = param(0.01, "Adam's learning rate", "original code", gt=0)
+        learning_rate: float = param(0.003, "Adam's learning rate", "ours: see departures", gt=0)
         max_epochs: int = param(25, "passes over the larger domain", "paper: 20-60", ge=1)
         min_steps: int = param(1000, MIN_STEPS, "ours: pilots of 400-2,000 cells", ge=0)
         validation_fraction: float = param(0.0, VALIDATION, "none for adversaries", ge=0, le=0)
@@ -90,7 +90,7 @@ class DAVAE(Model):
 
     presets: ClassVar = {
         "review": lambda _: {
-            **{"domain_weight": 6.0, "batch_size": 100, "max_epochs": 100, "min_steps": 0},
+            **{"learning_rate": 0.01, "domain_weight": 6.0, "batch_size": 100, "max_epochs": 100, "min_steps": 0},
             **{"one_reference": True, "log_v_over_v": True},
         }
     }
