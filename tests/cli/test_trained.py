@@ -89,6 +89,6 @@ def test_unworkable_settings_are_announced_in_a_line(coembed, cite_file, tmp_pat
     assert result.code == 0, result.err
     lines = [line for line in result.err.splitlines() if line.startswith("Warning: ")]
     assert lines == [
-        "Warning: scMM: batch_size 5000 is larger than the 180 training cells; every step uses "
-        "all of them."
+        "Warning: scMM: minibatches of 5000 cells are more than the 180 training cells; every "
+        "step uses all of them."
     ]

@@ -15,7 +15,7 @@ from contract import Contract, without
 from easy import easy_cells
 
 from coembed.data.minibatches import Inputs
-from coembed.errors import DataError, ParameterError
+from coembed.errors import CoembedWarning, DataError, ParameterError
 
 Terms = Mapping[str, Mapping[str, float]]
 """Player -> its terms and their weights at the end of the warm-up."""
@@ -79,6 +79,23 @@ class NetworkContract(Contract):
             model.translate(second, source=first, data=cells),
             rtol=1e-4,
         )
+
+    def test_a_hundred_cells_and_a_remainder_of_one(self, kind: str) -> None:
+        """101 cells in minibatches of 50: the original samplers leave one of a single cell."""
+        model = self.fit(easy_cells(kind, 101), batch_size=50, max_epochs=3, validation_fraction=0)
+        assert model.outcome is not None
+        assert model.outcome.status == "ok"
+        assert model.outcome.warnings == []
+        z = model.get_latent_representation()
+        assert z.shape == (101, self.n_latent)
+        assert np.isfinite(z).all()
+
+    def test_a_batch_larger_than_the_data_is_announced(self) -> None:
+        cells = easy_cells(self.kinds[0], 60)
+        with pytest.warns(CoembedWarning, match=r"of \d+ cells are more than the 60") as caught:
+            model = self.fit(cells, batch_size=500, max_epochs=1, validation_fraction=0)
+        assert model.outcome is not None
+        assert model.outcome.warnings == [str(w.message) for w in caught]
 
     def test_hyper_parameters_out_of_range_are_refused(self) -> None:
         cells = easy_cells(self.kinds[0], 30)

@@ -111,9 +111,22 @@ class Inputs:
 
 
 class Sampler(Protocol):
-    """An endless source of draws, one epoch at a time."""
+    """An endless source of draws, one epoch at a time.
+
+    Attributes:
+        steps_per_epoch: draws in an epoch.
+        batch_size: the cells asked for in a draw.
+        when_larger: what is drawn when that is more than there are.
+    """
 
     steps_per_epoch: int
+    batch_size: int
+    when_larger: str
+
+    @property
+    def largest(self) -> int:
+        """Cells in the largest group that is drawn from."""
+        ...
 
     def epoch(self, rng: np.random.Generator) -> Iterator[Draw]:
         """Yield the draws of one epoch."""
@@ -131,6 +144,8 @@ class Shuffled:
         batch_size: the largest minibatch (3 where it is 2 and the group is odd); a batch larger
             than its group is the whole group.
     """
+
+    when_larger = "every step uses all of them"
 
     def __init__(self, groups: Sequence[tuple[Sequence[str], np.ndarray]], batch_size: int) -> None:
         self.groups, self.batch_size = [g for g in groups if len(g[1])], batch_size
@@ -167,9 +182,16 @@ class Independent:
         batch_size: cells per domain and step.
     """
 
+    when_larger = "a step draws some of them more than once"
+
     def __init__(self, rows: Mapping[str, np.ndarray], batch_size: int) -> None:
         self.rows, self.batch_size = rows, batch_size
-        self.steps_per_epoch = -(-max(map(len, rows.values())) // batch_size)
+        self.steps_per_epoch = -(-self.largest // batch_size)
+
+    @property
+    def largest(self) -> int:
+        """Cells in the largest domain."""
+        return max(map(len, self.rows.values()))
 
     def epoch(self, rng: np.random.Generator) -> Iterator[Draw]:
         """Yield as many draws as would visit the larger domain once."""

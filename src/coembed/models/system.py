@@ -220,12 +220,12 @@ class System:
         begin: Callable[[], None] | None = None,
     ) -> Stage:
         """Return the plan of a system that trains in one stage."""
-        if isinstance(sampler, Shuffled) and sampler.batch_size > sampler.largest:
+        if sampler.batch_size > sampler.largest:
             warn(
-                f"batch_size {sampler.batch_size} is larger than the {sampler.largest} training "
-                "cells",
+                f"minibatches of {sampler.batch_size} cells are more than the {sampler.largest} "
+                "training cells",
                 where=self.card.title,
-                instead="every step uses all of them",
+                instead=sampler.when_larger,
             )
         return Stage(
             begin=begin,
