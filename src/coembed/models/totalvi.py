@@ -69,7 +69,8 @@ class TotalVI(Model):
         abilities=("denoise", "sample", "batch correction"),
         departures=(
             "50 epochs of batches of 128, at least 1,000 steps, not 400 of 256: no worse",
-            "all cells and the last weights; validation_fraction brings back early stopping",
+            "below 1,000 cells all of them and the last weights; above, a tenth is held back and "
+            "the best weights are kept (the original stops early and keeps the last)",
             "the warm-up is a share of the plan: beyond 37,000 cells the original's never ends",
             "a cell without genes is treated like one without proteins; the original needs genes",
             "the library encoder and the zero inflation, which no loss reaches, are not built",
@@ -89,7 +90,9 @@ class TotalVI(Model):
         batch_size: int = param(128, "cells in a minibatch", "ours; original 256", ge=2)
         max_epochs: int = param(50, "passes over the cells", "ours; original 400", ge=1)
         min_steps: int = param(1000, MIN_STEPS, "ours: CITE pilots of 250-480 cells", ge=0)
-        validation_fraction: float = param(0.0, VALIDATION, "ours; original 0.1", ge=0, lt=1)
+        validation_fraction: float = param(
+            0.1, VALIDATION, "original; below 1,000 cells 0, ours", ge=0, lt=1
+        )
         patience: int = param(45, "epochs without improvement before the end", "paper", ge=1)
         warm_up: float = param(0.53, WARM_UP, "original: 0.75 n of 1.4 n steps", ge=0, le=1)
         n_top_genes: int = param(4000, "most variable genes kept", "tutorial and review", ge=2)
@@ -99,10 +102,11 @@ class TotalVI(Model):
         )
 
     presets: ClassVar = {
+        "default": lambda facts: {"validation_fraction": 0.1 if facts.n_cells >= 1000 else 0.0},
         "review": lambda _: {
             **{"n_latent": 10, "batch_size": 256, "max_epochs": 100, "min_steps": 0},
-            **{"protein_in_genes": True, "partial_kl": True},
-        }
+            **{"validation_fraction": 0.0, "protein_in_genes": True, "partial_kl": True},
+        },
     }
 
     def pipeline(self, var: Mapping[str, pd.DataFrame]) -> Pipeline:
