@@ -65,7 +65,7 @@ class DAVAE(Model):
         departures=(
             "both modalities are reconstructed, by a Gaussian likelihood; the package "
             "reconstructs the first alone and divides log V by V",
-            "lambda is 0.01, at which the classifier guesses already; from 0.03 on the term "
+            "lambda is 0.01, at which the classifier guesses already; from 0.1 on the term "
             "drowns the reconstruction of sparse data (the paper's is 3-6, on its other loss)",
             "learning rate 0.003, not 0.01: better mixed at few cells",
             "the classifier takes its turn before the autoencoder, where the original reverses a "
