@@ -188,7 +188,8 @@ class Contract:
                     model.get_latent_representation(modality=role)
                 continue
             z = model.get_latent_representation(modality=role)
-            assert z.shape == (150, self.n_latent)
+            assert len(z) == 150
+            assert z.shape[1] == self.n_latent or not self.random, "svd gives the role's part"
             assert neighbour_accuracy(z, cells.labels) > 0.9, role
 
     # -- saving -----------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ class Contract:
         model, cells = self.model(kind), easy_cells(kind)
         role = cells.roles[0]
         if "denoise" not in self.system.card.abilities:
-            with pytest.raises(CoembedError, match="cannot decode features.*These can: .*cobolt"):
+            with pytest.raises(CoembedError, match=r"cannot decode features.*These can: .*cobolt"):
                 model.get_normalized_expression(role)
             return
         for role in cells.roles:

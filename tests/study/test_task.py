@@ -45,6 +45,7 @@ class FakeModel:
         burn(0.05)
         self.seed, self.checkpoint = seed, checkpoint
         self.outcome = SimpleNamespace(
+            warnings=[],
             status=self.params.get("status", "ok"),
             message=self.params.get("message", ""),
             epochs=2, steps=4, stopped="cap", improving=True, events=[{"event": "restart"}],

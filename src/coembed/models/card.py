@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
-from typing import Literal
+from importlib import resources
+from typing import Any, Literal
 
 Pairing = Literal["paired", "unpaired", "mosaic"]
 Ability = Literal["translate", "denoise", "sample", "batch correction"]
@@ -39,7 +41,18 @@ class Card:
     abilities: tuple[Ability, ...] = ()
     departures: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, name: str) -> Card:
+        """Return the card of a system that comes with coembed, `cards/<name>.toml`."""
+        file = resources.files("coembed.models").joinpath("cards", f"{name}.toml")
+        fields = tomllib.loads(file.read_text(encoding="utf-8"))
+        return cls(name=name, **{field: _frozen(value) for field, value in fields.items()})
+
     @property
     def url(self) -> str:
         """Where the reference is found."""
         return f"https://doi.org/{self.doi}" if self.doi else self.code
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

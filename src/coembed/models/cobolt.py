@@ -42,24 +42,7 @@ class Cobolt(Model):
     boosted trees trained on the paired cells. Source: specs/cobolt.md.
     """
 
-    card = Card(
-        name="cobolt",
-        title="Cobolt",
-        summary="topic model with a product of experts; takes single-modality cells too",
-        reference="Gong B, Zhou Y, Purdom E. Cobolt: integrative analysis of multimodal "
-        "single-cell sequencing data. Genome Biology 22:351 (2021)",
-        doi="10.1186/s13059-021-02556-z",
-        code="https://github.com/epurdom/cobolt",
-        architecture="VAE, product of experts",
-        pairing=("paired", "mosaic"),
-        modalities=(("rna", "prot"), ("rna", "atac"), ("prot", "atac"), ("rna", "prot", "atac")),
-        abilities=("translate", "denoise", "sample", "batch correction"),
-        departures=(
-            "at least 1,500 steps, so that few cells converge",
-            "embeds in evaluation mode; the original's embedding depends on neighbours in the file",
-            "scikit-learn's boosted trees in place of XGBoost's",
-        ),
-    )
+    card = Card.read("cobolt")
 
     class Params(TrainingParams):
         """Hyper-parameters of Cobolt."""
@@ -155,11 +138,9 @@ class Cobolt(Model):
         return z - z.mean(axis=1, keepdims=True)
 
     def _means(self, inputs: Inputs, chunk: int = 1024) -> np.ndarray:
-        sliced = self.params.slice_normalisation
-        self.net.train(sliced)
-        means = super().latent(inputs, 128 if sliced else chunk)
-        self.net.eval()
-        return means
+        if self.params.slice_normalisation:
+            return self.latent_in_training_mode(inputs, 128)
+        return super().latent(inputs, chunk)
 
     def finish(self, inputs: Inputs) -> None:
         """Keep the means of the paired training cells under every subset of modalities."""

@@ -49,30 +49,7 @@ class DAVAE(Model):
     Source: specs/davae.md.
     """
 
-    card = Card(
-        name="davae",
-        title="DAVAE",
-        summary="one VAE for genes and gene activity, made blind to which; uses no pairing",
-        reference="Hu J, Zhong Y, Shang X. A versatile and scalable single-cell data integration "
-        "algorithm based on domain-adversarial and variational approximation. Briefings in "
-        "Bioinformatics 23(1):bbab400 (2022)",
-        doi="10.1093/bib/bbab400",
-        code="https://github.com/jhu99/scbean",
-        architecture="VAE, shared encoder + adversarial classifier",
-        pairing=("paired", "unpaired", "mosaic"),
-        modalities=(("rna", "atac"),),
-        abilities=("translate", "denoise"),
-        departures=(
-            "both modalities are reconstructed, by a Gaussian likelihood; the package "
-            "reconstructs the first alone and divides log V by V",
-            "lambda is 0.01, at which the classifier guesses already; from 0.1 on the term "
-            "drowns the reconstruction of sparse data (the paper's is 3-6, on its other loss)",
-            "learning rate 0.003, not 0.01: better mixed at few cells",
-            "the classifier takes its turn before the autoencoder, where the original reverses a "
-            "gradient within one step; half of every minibatch is from each domain",
-            "at least 1,000 steps, so that few cells converge",
-        ),
-    )
+    card = Card.read("davae")
 
     class Params(TrainingParams):
         """Hyper-parameters of DAVAE."""

@@ -53,25 +53,7 @@ class MultiVI(Model):
     Source: specs/multivi.md.
     """
 
-    card = Card(
-        name="multivi",
-        title="MultiVI",
-        summary="averages the modalities' posteriors; places single-modality cells beside others",
-        reference="Ashuach T et al. MultiVI: deep generative model for the integration of "
-        "multimodal data. Nature Methods 20:1222-1231 (2023)",
-        doi="10.1038/s41592-023-01909-9",
-        code="https://github.com/scverse/scvi-tools",
-        architecture="VAE, distributional average and penalization to mix latent representations",
-        pairing=("paired", "mosaic"),
-        modalities=(("rna", "atac"), ("rna", "prot"), ("rna", "prot", "atac")),
-        abilities=("translate", "denoise", "sample", "batch correction"),
-        departures=(
-            "learning rate 1e-3 for 1,000 steps or more, not 1e-4 for 500 epochs: that is too slow "
-            "for few cells",
-            "128 hidden units, not the root of the number of peaks, which few peaks make too small",
-            "the distance has standard deviations; since 0.18 the original takes their roots",
-        ),
-    )
+    card = Card.read("multivi")
 
     class Params(TrainingParams):
         """Hyper-parameters of MultiVI."""

@@ -23,8 +23,6 @@ from coembed.data.views import (
 from coembed.models.base import Card, Model
 from coembed.models.params import HyperParams, param
 
-ANY_ROLES = (("rna", "prot"), ("rna", "atac"), ("prot", "atac"), ("rna", "prot", "atac"))
-
 
 class PCA(Model):
     """Principal components of standardised modalities, each with the same total variance.
@@ -35,17 +33,7 @@ class PCA(Model):
     A cell without a modality has zeros, the mean, in its place.
     """
 
-    card = Card(
-        name="pca",
-        title="PCA",
-        summary="linear baseline: principal components of the standardised concatenation",
-        reference="Pearson K. On lines and planes of closest fit to systems of points in space. "
-        "Philosophical Magazine 2:559-572 (1901)",
-        doi="10.1080/14786440109462720",
-        architecture="linear",
-        pairing=("paired", "mosaic"),
-        modalities=ANY_ROLES,
-    )
+    card = Card.read("pca")
 
     class Params(HyperParams):
         """Hyper-parameters of the baseline."""

@@ -43,22 +43,7 @@ class Portal(Model):
     (the review's rule). Source: specs/portal.md.
     """
 
-    card = Card(
-        name="portal",
-        title="Portal",
-        summary="adversarial translation between genes and gene activity; uses no pairing",
-        reference="Zhao J et al. Adversarial domain translation networks for integrating "
-        "large-scale atlas-level single-cell datasets. Nat Comput Sci 2:317-330 (2022)",
-        doi="10.1038/s43588-022-00251-y",
-        code="https://github.com/YangLabHKUST/Portal",
-        architecture="autoencoders with adversarial discriminators in PC space",
-        pairing=("paired", "unpaired", "mosaic"),
-        modalities=(("rna", "atac"),),
-        departures=(
-            "minibatches of a quarter of the cells (100 to 500), not 500 of however few",
-            "30 shared genes are enough, as many as components; the original wants 100",
-        ),
-    )
+    card = Card.read("portal")
 
     class Params(TrainingParams):
         """Hyper-parameters of Portal."""

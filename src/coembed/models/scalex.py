@@ -43,25 +43,7 @@ class SCALEX(Model):
     layer of the encoder, binarised peaks as input, and an embedding that is a sample.
     """
 
-    card = Card(
-        name="scalex",
-        title="SCALEX",
-        summary="one encoder for all features together, a decoder normalised by batch",
-        reference="Xiong L et al. Online single-cell data integration through projecting "
-        "heterogeneous datasets into a common cell-embedding space. Nat Commun 13:6118 (2022)",
-        doi="10.1038/s41467-022-33758-z",
-        code="https://github.com/jsxlei/SCALEX",
-        architecture="VAE, domain-specific batch normalisation",
-        pairing=("paired",),
-        modalities=(("rna", "prot"),),
-        abilities=("denoise", "batch correction"),
-        departures=(
-            "2,000 steps at a rate of 0.005, not up to 30,000 at 0.0002: as good, far faster",
-            "embeds in evaluation mode; the original's embedding depends on the minibatch",
-            "keeps the last weights; the original stops on the training loss",
-            "features are scaled over all training cells, as the authors do since 2023",
-        ),
-    )
+    card = Card.read("scalex")
 
     class Params(TrainingParams):
         """Hyper-parameters of SCALEX."""

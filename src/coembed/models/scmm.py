@@ -46,23 +46,7 @@ class ScMM(Model):
     The embedding is the mean of the experts' locations. Source: specs/scmm.md.
     """
 
-    card = Card(
-        name="scmm",
-        title="scMM",
-        summary="mixture of experts; every modality predicts every other",
-        reference="Minoura K et al. A mixture-of-experts deep generative model for integrated "
-        "analysis of single-cell multiomics data. Cell Reports Methods 1:100071 (2021)",
-        doi="10.1016/j.crmeth.2021.100071",
-        code="https://github.com/kodaim1115/scMM",
-        architecture="VAE, mixture of experts",
-        pairing=("paired",),
-        modalities=(("rna", "prot"), ("rna", "atac")),
-        abilities=("translate", "denoise", "sample"),
-        departures=(
-            "learning rate 1e-3, with peaks 5e-4: the paper's 2e-3 can diverge, its 1e-4 is slow",
-            "800 steps or more, so that few cells converge",
-        ),
-    )
+    card = Card.read("scmm")
 
     class Params(TrainingParams):
         """Hyper-parameters of scMM."""

@@ -26,7 +26,6 @@ from coembed.nn.likelihoods import EPS, negative_binomial_mean, poisson, zero_in
 from coembed.nn.mixture import GaussianMixture, cluster_loss
 from coembed.nn.multiview import HIDDEN, Decoder, Joint, block, branch
 from coembed.nn.posteriors import Gaussian
-from coembed.train.loop import seeded
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
 MIN_LOG_VARIANCE = math.log(1e-4)
@@ -55,33 +54,7 @@ class ScMVP(Model):
     The embedding is the mean of q, that of one modality the mean of q_m. Source: specs/scmvp.md.
     """
 
-    card = Card(
-        name="scmvp",
-        title="scMVP",
-        summary="gated genes and self-attending peaks under a Gaussian mixture",
-        reference="Li G et al. A deep generative model for multi-view profiling of single-cell "
-        "RNA-seq and ATAC-seq data. Genome Biology 23:20 (2022)",
-        doi="10.1186/s13059-021-02595-6",
-        code="https://github.com/bm2-lab/scMVP",
-        architecture="VAE, Gaussian mixture prior, attention",
-        pairing=("paired",),
-        modalities=(("rna", "atac"),),
-        abilities=("translate", "denoise", "sample", "batch correction"),
-        departures=(
-            "the mixture's KL, responsibilities and weights are those of a Gaussian mixture; the "
-            "code takes variances for their logarithms, adds 1e-10 to densities, frees the weights",
-            "the mixture is fitted to the latent means after a third of the training, in place of "
-            "pre-training on each modality; in the code its components start as one",
-            "the weights of the lowest held-out loss: 400 cells are overfitted after 350 steps",
-            "the KL warms up; the code's is at its full weight from the first step",
-            "balanced use of the clusters is rewarded; the code rewards the contrary",
-            "the joint posterior is tied to those of the single modalities, which the code "
-            "computes and drops: without it they translate nothing",
-            "peaks are binarised counts as in the code, not the paper's TF-IDF, which is no count; "
-            "frequent peaks are kept",
-            "decoders see the batch",
-        ),
-    )
+    card = Card.read("scmvp")
 
     class Params(TrainingParams):
         """Hyper-parameters of scMVP; numbers of faults are sections of the sheet."""
@@ -254,15 +227,9 @@ class ScMVP(Model):
 
     def latent(self, inputs: Inputs, chunk: int = 1024) -> np.ndarray:
         """Return the posterior means; under the fault those of training mode."""
-        if not self.params.noisy_embedding or inputs.n_cells == 1:
-            return super().latent(inputs, chunk)
-        kept = {name: value.clone() for name, value in self.net.state_dict().items()}
-        with seeded(0, self.device):
-            self.net.train()
-            means = super().latent(inputs, 64)
-        self.net.load_state_dict(kept)
-        self.net.eval()
-        return means
+        if self.params.noisy_embedding and inputs.n_cells > 1:
+            return self.latent_in_training_mode(inputs, 64)
+        return super().latent(inputs, chunk)
 
 
 def gaussian(heads: Tensor) -> Gaussian:

@@ -24,17 +24,7 @@ class SVD(Model):
     block is standardised, and the blocks stand side by side (specs/study.md section 6).
     """
 
-    card = Card(
-        name="svd",
-        title="SVD",
-        summary="linear baseline: truncated SVD per modality, cells standardised, side by side",
-        reference="Lance C et al. Multimodal single cell data integration challenge: results and "
-        "lessons learned. PMLR 176:162-176 (2022), entry Guanlab-dengkw",
-        code="https://proceedings.mlr.press/v176/lance22a.html",
-        architecture="linear",
-        pairing=("paired",),
-        modalities=(("rna", "prot"), ("rna", "atac")),
-    )
+    card = Card.read("svd")
 
     class Params(HyperParams):
         """Hyper-parameters of the baseline."""

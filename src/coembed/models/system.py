@@ -19,7 +19,7 @@ from coembed.models.card import Card
 from coembed.models.params import HyperParams
 from coembed.models.requirements import aligned, check_pairing, check_trainable
 from coembed.nn.posteriors import Gaussian, Laplace
-from coembed.train.loop import Outcome
+from coembed.train.loop import Outcome, seeded
 from coembed.train.stage import Player, Stage
 
 
@@ -171,6 +171,19 @@ class System:
         rows = np.arange(inputs.n_cells)
         parts = [self.embed(batch).cpu().numpy() for batch in inputs.chunks(rows, chunk)]
         return np.concatenate(parts).astype(np.float32)
+
+    def latent_in_training_mode(self, inputs: Inputs, size: int) -> np.ndarray:
+        """Return `embed` with the dropout and the batch statistics of slices of `size` cells.
+
+        So do the originals of some systems, by oversight; what it moves is put back.
+        """
+        kept = {name: value.clone() for name, value in self.net.state_dict().items()}
+        with seeded(0, self.device):
+            self.net.train()
+            z = System.latent(self, inputs, size)
+        self.net.load_state_dict(kept)
+        self.net.eval()
+        return z
 
     def finish(self, inputs: Inputs) -> None:
         """Learn what is learnt after training, into `self.learnt` (arrays by name)."""

@@ -54,28 +54,7 @@ class TotalVI(Model):
     learnt efficiency, and :math:`\pi_p` is pulled to 1. Source: specs/totalvi.md sections 4 to 7.
     """
 
-    card = Card(
-        name="totalvi",
-        title="totalVI",
-        summary="VAE of genes and proteins that tells protein background from foreground",
-        reference="Gayoso A, Steier Z, Lopez R, Regier J, Nazor KL, Streets A, Yosef N. Joint "
-        "probabilistic modeling of single-cell multi-omic data with totalVI. "
-        "Nat Methods 18:272-282 (2021)",
-        doi="10.1038/s41592-020-01050-x",
-        code="https://github.com/scverse/scvi-tools",
-        architecture="VAE, one encoder of both modalities",
-        pairing=("paired", "mosaic"),
-        modalities=(("rna", "prot"),),
-        abilities=("denoise", "sample", "batch correction"),
-        departures=(
-            "50 epochs of batches of 128, at least 1,000 steps, not 400 of 256: no worse",
-            "below 1,000 cells all of them and the last weights; above, a tenth is held back and "
-            "the best weights are kept (the original stops early and keeps the last)",
-            "the warm-up is a share of the plan: beyond 37,000 cells the original's never ends",
-            "a cell without genes is treated like one without proteins; the original needs genes",
-            "the library encoder and the zero inflation, which no loss reaches, are not built",
-        ),
-    )
+    card = Card.read("totalvi")
 
     class Params(TrainingParams):
         """Hyper-parameters of totalVI."""
