@@ -66,7 +66,10 @@ class TestTotalVI(NetworkContract):
     }
 
     def terms(self, kind: str) -> dict[str, dict[str, float]]:
-        names = ("reconstruction_rna", "reconstruction_prot", "kl", "kl_background")
+        names = (
+            *("reconstruction_rna", "reconstruction_prot", "kl", "kl_background"),
+            *("efficiency", "pull"),
+        )
         return {"elbo": dict.fromkeys(names, 1.0)}
 
 
@@ -215,7 +218,7 @@ def test_background_prior_is_set_per_batch_where_there_are_proteins_enough() -> 
             counts={**cells.counts, "prot": cells.counts["prot"][:, kept]},
             var={**cells.var, "prot": cells.var["prot"].iloc[kept]},
         )
-        model = TotalVI(cells, max_epochs=1, learning_rate=1e-12, batch_size=60)
+        model = TotalVI(cells, max_epochs=1, learning_rate=1e-12, equations="paper")
         model.train(progress=False, device="cpu")
         mean = model.net.prior.mean.detach()
         per_batch_alone = bool((mean.std(1) < 1e-6).all())
@@ -349,7 +352,7 @@ def test_foreground_is_told_from_background() -> None:
 def test_presets() -> None:
     cells = easy_cells("cite", 30)
     default = TotalVI.resolve_params(cells)
-    assert (default["n_latent"], default["equations"], default["max_epochs"]) == (20, "paper", 50)
+    assert (default["n_latent"], default["equations"], default["max_epochs"]) == (20, "1.3.1", 100)
     review = TotalVI.resolve_params(cells, "review")
     assert (review["n_latent"], review["max_epochs"], review["batch_size"]) == (10, 100, 256)
     assert (review["equations"], review["validation_fraction"], review["min_steps"]) == (

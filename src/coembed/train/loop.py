@@ -73,6 +73,7 @@ class _State:
     reference: float | None = None
     stale: int = 0
     minima: dict[str, float] = field(default_factory=dict)
+    final_minima: dict[str, float] = field(default_factory=dict)
     slowdown: float = 1.0
     trained: list[str] = field(default_factory=list)
     terms: dict[str, list[str]] = field(default_factory=dict)
@@ -186,11 +187,14 @@ class Loop:
         """Do the epochs of one round and a validation; return the guard's complaint."""
         state = self.state
         means, before = self._train(stage, min(stage.epochs_per_round, stage.epochs - state.epoch))
-        minima = state.minima or before
+        # A loss that rises because a weight warms up does not at final weights, nor the other way.
+        final = {f"train_loss_{p.name}": self._final_loss(p, means) for p in stage.players}
+        minima, final_minima = state.minima or before, state.final_minima or before
         complaint = self.guard.complaint(means, minima)
-        if complaint:
+        if complaint and self.guard.complaint(means | final, final_minima):
             return complaint
         state.minima = {name: min(means[name], least) for name, least in minima.items()}
+        state.final_minima = {name: min(final[name], v) for name, v in final_minima.items()}
         if stage.validation:
             means |= self._validate(stage)
             if not np.isfinite(means["validation_loss"]):
@@ -218,7 +222,8 @@ class Loop:
                 name, optimiser = f"train_loss_{player.name}", self.optimisers[player.name]
                 optimiser.zero_grad()
                 terms = player.loss(batch, clock)
-                state.terms[player.name] = list(terms)
+                known = state.terms.setdefault(player.name, [])
+                known += [term for term in terms if term not in known]
                 loss = player.total(terms, clock)
                 loss.backward(inputs=player.parameters)  # not through those of other players
                 optimiser.step()
@@ -326,9 +331,12 @@ class Loop:
             return [row["validation_loss"] for row in rows]
         terms = self.state.terms
         judged = next((p for p in stage.players if ADVERSARIAL in terms[p.name]), stage.players[0])
-        own = [term for term in terms[judged.name] if term != ADVERSARIAL]
-        weights = {f"train_{term}": judged.weight(term, Clock.end()) for term in own}
-        return [sum(weight * row[name] for name, weight in weights.items()) for row in rows]
+        return [self._final_loss(judged, row, but=ADVERSARIAL) for row in rows]
+
+    def _final_loss(self, player: Player, means: Mapping[str, float], but: str = "") -> float:
+        """Return a player's loss with final weights, from the means of its terms but one."""
+        own = [term for term in self.state.terms[player.name] if term != but]
+        return sum(player.weight(term, Clock.end()) * means[f"train_{term}"] for term in own)
 
     def _count(self) -> None:
         self.state.outcome["epochs"] += self.state.epoch
