@@ -190,19 +190,21 @@ def test_without_validation_the_last_weights_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "falling"),
+    ("losses", "share"),
     [
-        ([10 * math.exp(-5 * i / 100) for i in range(100)], False),
-        ([10 * math.exp(-2 * i / 100) for i in range(100)], True),
-        ([1 + i for i in range(100)], False),
-        ([3.0] * 100, False),
-        ([3.0, 2.0, 1.0], True),
-        ([3.0, 1.0], False),
-        ([], False),
+        ([10 * math.exp(-5 * i / 100) for i in range(100)], 0.00729),
+        ([10 * math.exp(-2 * i / 100) for i in range(100)], 0.0438),
+        ([1 + i for i in range(100)], None),
+        ([3.0] * 100, None),
+        ([3.0, 2.0, 1.0], 0.5),
+        ([3.0, 1.0], None),
+        ([], None),
     ],
 )
-def test_what_still_falls(losses: list[float], falling: bool) -> None:
-    assert still_falling(losses) == falling
+def test_what_still_falls(losses: list[float], share: float | None) -> None:
+    """The share of the whole fall that the last tenth brought, to within a tenth of itself."""
+    assert still_falling(losses, 0.9 * (share or 0)) == (share is not None)
+    assert not still_falling(losses, 1.1 * (share or 1))
 
 
 def test_it_stops_early() -> None:

@@ -27,8 +27,9 @@ TOLERANCE = 1e-4
 ADVERSARIAL = "adversarial"
 """The term by which a player works against another; the only one that need not fall."""
 
-FALLING = 0.01
-"""Share of the whole fall of the loss, in the last tenth of a plan, that means it still falls."""
+HELD_BACK_FALL, TRAINING_FALL = 0.01, 0.05
+"""Share of the whole fall of the loss, in the last tenth of a plan, that means it still falls: of
+the held-back cells' loss, and of the training cells', which falls on while a model overfits."""
 
 
 @dataclass
@@ -315,7 +316,8 @@ class Loop:
         capped = state.stale < stage.patience
         outcome["stopped"] = "cap" if capped else "early"
         recent = state.stale <= 2  # rounds since the held-back loss was lowest; 0 without one
-        outcome["improving"] = capped and recent and still_falling(self._objective(stage))
+        share = HELD_BACK_FALL if stage.validation else TRAINING_FALL
+        outcome["improving"] = capped and recent and still_falling(self._objective(stage), share)
         falling = ", still falling" if outcome["improving"] else ""
         state.history[-1]["ended"] = outcome["stopped"] + falling
         self._count()
@@ -419,14 +421,14 @@ class Loop:
             yield advance
 
 
-def still_falling(losses: Sequence[float]) -> bool:
-    """Say whether the last tenth of the rounds brought over `FALLING` of the whole fall."""
+def still_falling(losses: Sequence[float], share: float) -> bool:
+    """Say whether the last tenth of the rounds brought over `share` of the whole fall."""
     tenth = max(1, len(losses) // 10)
     if len(losses) < 3 * tenth:
         return False
     parts = losses[:tenth], losses[-2 * tenth : -tenth], losses[-tenth:]
     first, before, last = (float(np.mean(part)) for part in parts)
-    return first > last and before - last > FALLING * (first - last)
+    return first > last and before - last > share * (first - last)
 
 
 def _adam(player: Player) -> torch.optim.Adam:
