@@ -210,8 +210,8 @@ def _head(run: Mapping[str, Sequence[Entry]]) -> list[str]:
         "so that processor time is the better one to compare; peak resident memory of the task's "
         "process, libraries included; parameters; optimiser steps. *cap*: training ended at its "
         "planned length; *early*: it stopped because the validation loss no longer fell; *none*: "
-        "nothing is trained by gradients. *still falling*: it ended at its cap while the "
-        "validation loss still fell.",
+        "nothing is trained by gradients. *still falling*: it ended at its cap while its "
+        "loss still fell (`Outcome.improving`).",
         "",
     ]  # fmt: skip
 
