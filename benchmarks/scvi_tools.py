@@ -211,7 +211,7 @@ def _ending(model: Any, task: Task) -> dict[str, Any]:
 
 def improving(losses: Sequence[float]) -> bool:
     """Say whether a validation loss was still falling at its end, as coembed's loop judges it."""
-    from coembed.train.loop import still_falling
+    from coembed.train.loop import HELD_BACK_FALL, still_falling
 
     recent = len(losses) - 1 - int(np.argmin(losses)) <= 2
-    return recent and still_falling(losses)
+    return recent and still_falling(losses, HELD_BACK_FALL)
