@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
 
 from coembed.data.cells import Cells, Keys
+from coembed.data.minibatches import Batch
 
 KINDS = {"cite": ("rna", "prot"), "multiome": ("rna", "atac"), "all": ("rna", "prot", "atac")}
 N_GENES = 60
@@ -74,3 +76,17 @@ def neighbour_accuracy(z: np.ndarray, labels: np.ndarray) -> float:
 
     near = NearestNeighbors(n_neighbors=5).fit(z).kneighbors(return_distance=False)
     return float(((labels[near] == labels[:, None]).sum(axis=1) >= 3).mean())
+
+
+def batch_of(widths: dict[str, int], codes: list[int]) -> Batch:
+    """A minibatch of Poisson counts in which every cell has every modality."""
+    random = np.random.default_rng(1)
+    x = {
+        m: torch.from_numpy(random.poisson(2, (len(codes), p)).astype("f4"))
+        for m, p in widths.items()
+    }
+    return Batch(
+        x=x,
+        present={m: torch.ones(len(codes), dtype=torch.bool) for m in x},
+        batch=dict.fromkeys(x, torch.tensor(codes)),
+    )

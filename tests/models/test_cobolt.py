@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from contract import without
-from easy import easy_cells, mosaic, neighbour_accuracy
+from easy import batch_of, easy_cells, mosaic, neighbour_accuracy
 from networks import NetworkContract
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
@@ -32,19 +32,6 @@ def built(widths: dict[str, int], n_batches: int = 1, **params: object) -> Cobol
         torch.manual_seed(0)
         model._build()
     return model
-
-
-def batch_of(widths: dict[str, int], codes: list[int]) -> Batch:
-    random = np.random.default_rng(1)
-    x = {
-        m: torch.from_numpy(random.poisson(2, (len(codes), p)).astype("f4"))
-        for m, p in widths.items()
-    }
-    return Batch(
-        x=x,
-        present={m: torch.ones(len(codes), dtype=torch.bool) for m in x},
-        batch=dict.fromkeys(x, torch.tensor(codes)),
-    )
 
 
 class TestCobolt(NetworkContract):

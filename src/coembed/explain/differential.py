@@ -11,8 +11,8 @@ import torch
 from coembed.data.pipeline import block_of
 from coembed.data.views import LogNormalise
 from coembed.errors import CoembedError, ParameterError, did_you_mean, warn
-from coembed.explain.levels import PSEUDOCOUNT, decoded, log2_fold
-from coembed.models.generate import CHUNK, require
+from coembed.explain.levels import PSEUDOCOUNT, log2_fold
+from coembed.models.generate import CHUNK, decoded, require
 from coembed.models.system import System
 from coembed.train.loop import seeded
 
@@ -198,7 +198,7 @@ def _drawn(
     for batch in inputs.chunks(rows, CHUNK):
         z = model.posterior(batch).sample()
         told = [torch.full_like(batch.codes, code) for code in codes] or [batch.codes]
-        parts.append(sum(decoded(model, z, code, role) for code in told) / len(told))
+        parts.append(decoded(model, z, told, role))
     return np.concatenate(parts)
 
 

@@ -1,27 +1,11 @@
-"""Decoded levels, and how two of them are compared whatever a system's unit."""
+"""How two decoded levels are compared, whatever a system's unit."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-import torch
-from torch import Tensor
-
-from coembed.models.generate import CHUNK
-
-if TYPE_CHECKING:
-    from coembed.models.base import Model
 
 PSEUDOCOUNT = 0.1
 """Added to levels before their logarithm, in units of the mean level over all features."""
-
-
-@torch.no_grad()
-def decoded(model: Model, z: Tensor, codes: Tensor, role: str) -> np.ndarray:
-    """Return the levels of `role` at points z (n, K) in batches codes (n,), (n, n_features)."""
-    parts = zip(z.to(model.device).split(CHUNK), codes.to(model.device).split(CHUNK), strict=True)
-    return np.concatenate([model.decode(*part, role).cpu().numpy() for part in parts])
 
 
 def log2_fold(a: np.ndarray, b: np.ndarray, pseudocount: float = PSEUDOCOUNT) -> np.ndarray:

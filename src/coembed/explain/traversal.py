@@ -10,8 +10,8 @@ import torch
 from scipy.stats import rankdata
 
 from coembed.errors import ParameterError
-from coembed.explain.levels import decoded, log2_fold
-from coembed.models.generate import require
+from coembed.explain.levels import log2_fold
+from coembed.models.generate import decoded, require
 
 if TYPE_CHECKING:
     from coembed.models.base import Model
@@ -77,9 +77,8 @@ def traversal(
     for dimension, path in enumerate(paths.T):
         points = np.tile(base, (steps, 1)).astype(np.float32)
         points[:, dimension] = np.repeat(path, len(base))
-        each = decoded(
-            model, torch.from_numpy(points), torch.from_numpy(np.tile(codes, steps)), role
-        )
+        told = torch.from_numpy(np.tile(codes, steps)).to(model.device)
+        each = decoded(model, torch.from_numpy(points).to(model.device), [told], role)
         levels = each.reshape(steps, len(base), -1).mean(axis=1)
         table = pd.DataFrame(
             {

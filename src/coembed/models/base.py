@@ -140,7 +140,6 @@ class Model(System):
             CoembedError: the system cannot translate, as its card says.
         """
         require(self, "translate", "translate between modalities")
-        self.check_decodes(target)
         return levels(self, target, data, source=source, transform_batch=transform_batch)
 
     def impute(

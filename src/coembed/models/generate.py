@@ -89,13 +89,24 @@ def levels(
     z = torch.from_numpy(model.latent(inputs)).to(model.device)
     codes = torch.from_numpy(inputs.batch).to(model.device)
     chosen = [codes] if transform_batch is None else constant(model, codes, transform_batch)
-    decoded = [
-        torch.stack([model.decode(z[rows], code[rows], role) for code in chosen]).mean(0).cpu()
-        for rows in torch.arange(len(z)).split(CHUNK)
-    ]
     return pd.DataFrame(
-        torch.cat(decoded).numpy(), index=cells.obs.index, columns=model.decoded_features[role]
+        decoded(model, z, chosen, role),
+        index=cells.obs.index,
+        columns=model.decoded_features[role],
     )
+
+
+@torch.no_grad()
+def decoded(model: Model, z: Tensor, codes: Sequence[Tensor], role: str) -> np.ndarray:
+    """Return the levels of `role` at points z (n, K), (n, n_features).
+
+    They are the mean over `codes`, each (n,) batch codes of all points.
+    """
+    parts = zip(*(each.split(CHUNK) for each in (z, *codes)), strict=True)
+    return np.concatenate([
+        torch.stack([model.decode(points, told, role) for told in some]).mean(0).cpu().numpy()
+        for points, *some in parts
+    ])  # fmt: skip
 
 
 def constant(model: Model, codes: Tensor, batches: str | Sequence[str]) -> list[Tensor]:

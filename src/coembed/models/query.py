@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,8 +25,8 @@ def map_query(model: M, data: Any, *, steps: int, seed: int, progress: bool) -> 
     """Return a model that knows the batches of `data` too; see `Model.map_query`."""
     cells = model.cells_of(data)
     new = sorted(set(cells.batch) - set(model.batches))
-    mapped = _with_batches(model, [*model.batches, *new])
-    mapped.cells = cells
+    mapped = copy.copy(model)  # what was learnt of the features is common to both
+    mapped.batches, mapped.cells = [*model.batches, *new], cells
     with seeded(seed, mapped.device):
         mapped._build()
         free = _grow(mapped.net, model.net.state_dict(), len(model.batches), len(new))
@@ -37,24 +38,6 @@ def map_query(model: M, data: Any, *, steps: int, seed: int, progress: bool) -> 
         mapped.outcome, history = loop.run()
     mapped.history = pd.DataFrame(history)
     mapped.net.eval()
-    return mapped
-
-
-def _with_batches(model: M, batches: list[str]) -> M:
-    mapped = type(model).__new__(type(model))
-    mapped.preset = model.preset
-    mapped._describe(model.batch_key, model.params.model_dump(), model.features, batches)
-    for name in (
-        "n_features",
-        "decoded_features",
-        "depths",
-        "profiles",
-        "learnt",
-        "views",
-        "device",
-        "outcome",
-    ):
-        setattr(mapped, name, getattr(model, name))
     return mapped
 
 
