@@ -106,8 +106,13 @@ class Inputs:
 
     def chunks(self, rows: np.ndarray, size: int = 1024) -> Iterator[Batch]:
         """Yield `rows` of every input in order, in even parts of at most `size`."""
-        for part in np.array_split(rows, max(1, -(-len(rows) // size))):
+        for part in slices(rows, size):
             yield self.gather(dict.fromkeys(self.blocks, part))
+
+
+def slices(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Return `rows` in order, in even parts of at most `size`."""
+    return np.array_split(rows, max(1, -(-len(rows) // size)))
 
 
 class Sampler(Protocol):

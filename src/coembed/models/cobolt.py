@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softmax
 
-from coembed.data.minibatches import Batch, Inputs, Shuffled
+from coembed.data.minibatches import Batch, Inputs, Shuffled, slices
 from coembed.data.pipeline import Pipeline
 from coembed.data.views import counts, normalised
 from coembed.models.base import Card, Model, Networks
@@ -139,7 +139,7 @@ class Cobolt(Model):
 
     def _means(self, inputs: Inputs, chunk: int = 1024) -> np.ndarray:
         if self.params.slice_normalisation:
-            return self.latent_in_training_mode(inputs, 128)
+            return self.latent_in_training_mode(inputs, slices(np.arange(inputs.n_cells), 128))
         return super().latent(inputs, chunk)
 
     def finish(self, inputs: Inputs) -> None:

@@ -94,11 +94,6 @@ class MultiVI(Model):
         return Pipeline(steps, [MisreadColumns()] if misread else [])
 
     @property
-    def n_batches(self) -> int:
-        """Batches the networks know."""
-        return 1 if self.params.no_batch else len(self.batches)
-
-    @property
     def n_hidden(self) -> int:
         """Width H of every hidden layer."""
         widths = self.n_features

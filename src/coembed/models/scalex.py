@@ -88,8 +88,7 @@ class SCALEX(Model):
         latent, width = self.params.n_latent, self.n_features["joint"]
         net.hidden, net.norm = nn.Linear(width, HIDDEN), DomainNorm(HIDDEN)
         net.mean, net.log_var = nn.Linear(HIDDEN, latent), nn.Linear(HIDDEN, latent)
-        n_domains = 1 if self.params.no_batch else len(self.batches)
-        net.decoder, net.domains = nn.Linear(latent, width), DomainNorm(width, n_domains)
+        net.decoder, net.domains = nn.Linear(latent, width), DomainNorm(width, self.n_batches)
 
     def posterior(self, batch: Batch) -> Gaussian:
         """Return q(z | x), which does not see the batch."""
@@ -136,10 +135,5 @@ class SCALEX(Model):
             [(["joint"], np.flatnonzero(codes == b)) for b in np.unique(codes)],
             self.params.batch_size,
         )
-        z = np.empty((inputs.n_cells, self.params.n_latent), dtype=np.float32)
-        self.net.train()
-        with torch.no_grad():
-            for draw in slices.epoch(np.random.default_rng(0)):
-                z[draw["joint"]] = self.embed(inputs.gather(draw)).cpu().numpy()
-        self.net.eval()
-        return z
+        draws = slices.epoch(np.random.default_rng(0))
+        return self.latent_in_training_mode(inputs, (draw["joint"] for draw in draws))

@@ -15,7 +15,7 @@ from torch.distributions import NegativeBinomial
 
 from coembed.data.cells import Cells
 from coembed.data.features import HighlyVariable, OpenIn, TopPeaks
-from coembed.data.minibatches import Batch, Inputs, Shuffled
+from coembed.data.minibatches import Batch, Inputs, Shuffled, slices
 from coembed.data.pipeline import Pipeline
 from coembed.data.views import Binarise
 from coembed.errors import warn
@@ -109,11 +109,6 @@ class ScMVP(Model):
         rare = [OpenIn(0.001, 0.1)] if self.params.rare_peaks else []
         genes = [HighlyVariable(self.params.n_top_genes)]
         return Pipeline({"rna": genes, "atac": [TopPeaks(), *rare, Binarise()]})
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches that the decoders tell apart."""
-        return 1 if self.params.no_batch else len(self.batches)
 
     def build(self, net: Networks) -> None:
         """Encoders of each modality and of both, mixture, cluster gate, decoders."""
@@ -228,7 +223,7 @@ class ScMVP(Model):
     def latent(self, inputs: Inputs, chunk: int = 1024) -> np.ndarray:
         """Return the posterior means; under the fault those of training mode."""
         if self.params.noisy_embedding and inputs.n_cells > 1:
-            return self.latent_in_training_mode(inputs, 64)
+            return self.latent_in_training_mode(inputs, slices(np.arange(inputs.n_cells), 64))
         return super().latent(inputs, chunk)
 
 

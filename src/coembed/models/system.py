@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -172,15 +172,19 @@ class System:
         parts = [self.embed(batch).cpu().numpy() for batch in inputs.chunks(rows, chunk)]
         return np.concatenate(parts).astype(np.float32)
 
-    def latent_in_training_mode(self, inputs: Inputs, size: int) -> np.ndarray:
-        """Return `embed` with the dropout and the batch statistics of slices of `size` cells.
+    @torch.no_grad()
+    def latent_in_training_mode(self, inputs: Inputs, parts: Iterable[np.ndarray]) -> np.ndarray:
+        """Return `embed` with the dropout and the batch statistics of each of `parts` (rows).
 
         So do the originals of some systems, by oversight; what it moves is put back.
         """
         kept = {name: value.clone() for name, value in self.net.state_dict().items()}
+        z = np.empty((inputs.n_cells, self.n_latent), dtype=np.float32)
         with seeded(0, self.device):
             self.net.train()
-            z = System.latent(self, inputs, size)
+            for rows in parts:
+                batch = inputs.gather(dict.fromkeys(inputs.blocks, rows))
+                z[rows] = self.embed(batch).cpu().numpy()
         self.net.load_state_dict(kept)
         self.net.eval()
         return z
@@ -220,6 +224,11 @@ class System:
     def n_latent(self) -> int:
         """Latent dimensions K."""
         return int(self.params.n_latent)
+
+    @property
+    def n_batches(self) -> int:
+        """Batches that the networks tell apart."""
+        return 1 if getattr(self.params, "no_batch", False) else len(self.batches)
 
     def epochs(self, steps_per_epoch: int) -> int:
         """Return the planned epochs: `max_epochs`, or more where `min_steps` asks for them."""
