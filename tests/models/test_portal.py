@@ -17,7 +17,8 @@ from sklearn.neighbors import NearestNeighbors
 from coembed.data.minibatches import Batch, Independent, Inputs
 from coembed.data.pipeline import Block
 from coembed.data.views import LogNormalise
-from coembed.models.portal import Portal, other
+from coembed.models.domains import other
+from coembed.models.portal import Portal
 from coembed.train.loop import Loop, seeded
 from coembed.train.stage import Clock
 

@@ -172,8 +172,8 @@ def test_loss_by_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
             nll = -np.log(p).sum() + 0.05 * mu[seen == 0].sum()
         value = terms[f"reconstruction_{m}"].item()
         assert value == pytest.approx((nll + distance) / 4, rel=1e-4), m
-    singles, cycled = model.singles(batch.x), model.singles(again)
-    joined, cycle = model.concatenated(singles), model.concatenated(cycled)
+    singles, cycled = ({m: net.single[m](v) for m, v in seen.items()} for seen in (batch.x, again))
+    joined, cycle = net.concatenator(singles), net.concatenator(cycled)
     expected = {
         "concatenated": q.kl(joined),
         "cycle": joined.kl(cycle),

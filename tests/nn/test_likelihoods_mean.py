@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 from coembed.nn.likelihoods import (
     bernoulli,
     draw_multinomial,
+    draw_negative_binomial,
+    gaussian_of_residuals,
     mixture,
     negative_binomial_mean,
     poisson,
@@ -102,3 +106,31 @@ def test_multinomial_draws_have_their_depth_and_their_shares() -> None:
     assert x.sum(1).tolist() == [20_000, 10_000, 0]
     np.testing.assert_allclose(x[0] / 20_000, shares[0], atol=0.02)
     assert x[1, 0] == 0
+
+
+def test_negative_binomial_draws_have_its_mean_and_variance() -> None:
+    r, mean = torch.tensor([0.5, 10.0]), torch.tensor([2.0, 5.0]).expand(40_000, 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = draw_negative_binomial(r, mean.log() - r.log())
+    assert x.shape == mean.shape
+    np.testing.assert_allclose(x.mean(0), mean[0], rtol=0.05)
+    np.testing.assert_allclose(x.var(0), mean[0] + mean[0] ** 2 / r, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("variance", "flag", "value"),
+    [(1.0, False, 1000.0), (1.0, True, 1000.0), (0.1, True, -22_025.85), (0.1, False, -1302.585)],
+)
+def test_likelihood_of_residuals_without_mean(variance: float, flag: bool, value: float) -> None:
+    """davae.md 10.2, 10.3."""
+    residuals = math.sqrt(variance) * torch.tensor([1.0, -1.0]).repeat(8, 1000)
+    log_prob = gaussian_of_residuals(residuals, log_divided=flag)
+    assert -log_prob.item() == pytest.approx(value, rel=1e-5)
+
+
+def test_likelihood_of_residuals_is_gaussian_at_their_variance() -> None:
+    r = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)) + 0.3
+    normal = torch.distributions.Normal(0, r.std(correction=0))
+    expected = normal.log_prob(r).sum(1).mean() + 40 / 2 * math.log(2 * math.pi)
+    torch.testing.assert_close(gaussian_of_residuals(r), expected)

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 
-from coembed.data.features import GeneActivity, HighlyVariable, SharedFeatures
-from coembed.data.minibatches import Batch, Independent, Inputs
+from coembed.data.features import HighlyVariable
+from coembed.data.minibatches import Batch, Inputs
 from coembed.data.pipeline import Pipeline
 from coembed.data.views import LogNormalise
-from coembed.models.base import Card, Model, Networks
+from coembed.models.base import Card, Networks
+from coembed.models.domains import TwoDomains, gene_space
 from coembed.models.params import MIN_STEPS, VALIDATION, TrainingParams, param
-from coembed.nn.fusion import mean_of_experts
+from coembed.nn.keras import ShiftedNorm, start_as_keras
 from coembed.nn.layers import ConditionalMLP, batch_one_hot, mlp
+from coembed.nn.likelihoods import gaussian_of_residuals
 from coembed.nn.posteriors import Gaussian
 from coembed.train.stage import Clock, Player, Stage
 
@@ -32,7 +34,7 @@ MIN_GENES = 30
 """Fewer shared genes than this are refused."""
 
 
-class DAVAE(Model):
+class DAVAE(TwoDomains):
     r"""DAVAE (Hu, Zhong & Shang 2022): genes and gene activity as two domains of one VAE.
 
     A cell's two modalities are two rows x of the same D genes; b says which. One encoder
@@ -75,14 +77,9 @@ class DAVAE(Model):
 
     def pipeline(self, var: Mapping[str, pd.DataFrame]) -> Pipeline:
         """Variable genes and the activity of those seen in it, log-normalised."""
-        seen = HighlyVariable(len(var["rna"]))
-        return Pipeline(
-            {
-                "rna": [HighlyVariable(self.params.n_top_genes), LogNormalise()],
-                "atac": [GeneActivity(var["rna"]), seen, LogNormalise()],
-            },
-            joint=[SharedFeatures(MIN_GENES)],
-        )
+        variable, seen = HighlyVariable(self.params.n_top_genes), HighlyVariable(len(var["rna"]))
+        rna, activity = [variable, LogNormalise()], [seen, LogNormalise()]
+        return gene_space(var, rna, activity, minimum=MIN_GENES)
 
     def build(self, net: Networks) -> None:
         """Encoder with two heads, decoder, classifier; Glorot's weights, biases 0."""
@@ -97,10 +94,7 @@ class DAVAE(Model):
         net.level = nn.Linear(HIDDEN[0], genes)
         judge = (latent, CLASSIFIER_WIDTH, len(self.roles))
         net.classifier = mlp(judge, norm=ShiftedNorm, dropout=classifier, last=False)
-        for layer in net.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        start_as_keras(net)
 
     def told(self, domains: Tensor) -> Tensor:
         """Return what encoder and decoder are told of the domains, (b, 2) or (b, 0)."""
@@ -115,22 +109,6 @@ class DAVAE(Model):
         """Return the expected row of each z in its domain, (b, D)."""
         return softplus(self.net.level(self.net.decoder(z, self.told(domains))))
 
-    def domain(self, role: str, n: int) -> Tensor:
-        """Return the code of a modality, n times."""
-        return torch.full((n,), self.roles.index(role), device=self.device)
-
-    def reconstruction(self, residuals: Tensor) -> Tensor:
-        """Return the negative log-likelihood of the (b, D) residuals per row, up to a constant."""
-        variance = residuals.var(correction=0)
-        log_variance = variance.log() / variance if self.params.log_v_over_v else variance.log()
-        scaled = residuals.square().mean() / variance
-        return residuals.shape[1] / 2 * (scaled + log_variance)
-
-    def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the cells of both domains, one below the other, and their domains."""
-        domains = [self.domain(m, len(x)) for m, x in batch.x.items()]
-        return torch.cat(list(batch.x.values())), torch.cat(domains)
-
     def classifier_loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Cross-entropy of the domain read from z."""
         x, domains = self.rows(batch)
@@ -140,14 +118,14 @@ class DAVAE(Model):
 
     def autoencoder_loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Reconstruction, KL, and the classifier's cross-entropy, of which much is good."""
-        x, domains = self.rows(batch)
+        p, (x, domains) = self.params, self.rows(batch)
         posterior = self.encode(x, domains)
         z = posterior.sample()
         residuals = x - self.level(z, domains)
-        if self.params.one_reference:
+        if p.one_reference:
             residuals = residuals * (domains == 0).unsqueeze(-1)
         return {
-            "reconstruction": self.reconstruction(residuals),
+            "reconstruction": -gaussian_of_residuals(residuals, log_divided=p.log_v_over_v),
             "kl": posterior.kl(self.prior).mean(),
             "adversarial": cross_entropy(self.net.classifier(z), domains),
         }
@@ -155,7 +133,6 @@ class DAVAE(Model):
     def stages(self, inputs: Inputs, rows: np.ndarray, validation: np.ndarray) -> Sequence[Stage]:
         """Classifier, then autoencoder, on independent draws of both domains."""
         p, net = self.params, self.net
-        domains = {m: inputs.having([m], rows) for m in self.roles}
         adam = partial(Player, lr=p.learning_rate, eps=1e-7)
         autoencoder = [net.encoder, net.mean, net.log_var, net.decoder, net.level]
         weights = {"adversarial": -p.domain_weight * self.n_features["rna"]}
@@ -163,21 +140,12 @@ class DAVAE(Model):
             adam("classifier", [net.classifier], self.classifier_loss),
             adam("autoencoder", autoencoder, self.autoencoder_loss, weights),
         )
-        return [self.one_stage(Independent(domains, p.batch_size // 2), None, *players)]
+        return [self.unpaired_stage(inputs, rows, p.batch_size // 2, *players)]
 
     def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
         """Return the log-normalised level of every shared gene in the domain of `role`."""
         return self.level(z, self.domain(role, len(z)))
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Return the mean of the posterior means a cell has, of genes and of gene activity."""
-        means = [self.encode(x, self.domain(m, len(x))).mean for m, x in batch.x.items()]
-        return mean_of_experts(means, list(batch.present.values()))
-
-
-class ShiftedNorm(nn.BatchNorm1d):
-    """Batch normalisation with a shift and no gain, with Keras's constants."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-3, momentum=0.01)
-        self.register_parameter("weight", None)
+    def encoded(self, x: Tensor, m: str) -> Tensor:
+        """Return the mean of q(z|x)."""
+        return self.encode(x, self.domain(m, len(x))).mean

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, mse_loss
 
-from coembed.data.features import GeneActivity, HighlyVariable, SharedFeatures
-from coembed.data.minibatches import Batch, Independent, Inputs
+from coembed.data.features import HighlyVariable
+from coembed.data.minibatches import Batch, Inputs
 from coembed.data.pipeline import Pipeline, Step
 from coembed.data.views import JointPCs, LogNormalise, Standardise
-from coembed.models.base import Card, Model, Networks
+from coembed.models.base import Card, Networks
+from coembed.models.domains import TwoDomains, gene_space, other
 from coembed.models.params import VALIDATION, TrainingParams, param
 from coembed.nn.adversary import discriminator_loss, generator_loss
-from coembed.nn.fusion import mean_of_experts
 from coembed.nn.layers import mlp
 from coembed.train.stage import Clock, Player, Stage
 
@@ -28,7 +28,7 @@ WARM_STEPS = 6
 """Steps during which the discriminators' logits are not held within the margin."""
 
 
-class Portal(Model):
+class Portal(TwoDomains):
     r"""Portal (Zhao et al. 2022): genes and gene activity as two domains A, B of one PC space.
 
     Each domain has an encoder E, a generator G and a discriminator D. With
@@ -77,10 +77,7 @@ class Portal(Model):
             return [*first, ranked, LogNormalise(), Standardise(clip=10, two_sided=False)]
 
         rna = scaled(LogNormalise()) if p.double_lognorm else scaled()
-        return Pipeline(
-            {"rna": rna, "atac": scaled(GeneActivity(var["rna"]))},
-            joint=[SharedFeatures(p.n_pcs), JointPCs(p.n_pcs)],
-        )
+        return gene_space(var, rna, scaled(), JointPCs(p.n_pcs), minimum=p.n_pcs)
 
     def build(self, net: Networks) -> None:
         """Two of each of E, G and D; every weight and bias N(0, 0.1^2)."""
@@ -136,23 +133,14 @@ class Portal(Model):
 
     def stages(self, inputs: Inputs, rows: np.ndarray, validation: np.ndarray) -> Sequence[Stage]:
         """Discriminators, then translators, on every pair of independent draws."""
-        p = self.params
-        domains = {m: inputs.having([m], rows) for m in self.roles}
-        sampler = Independent(domains, p.batch_size)
-        net, rate = self.net, p.learning_rate
+        p, net, rate = self.params, self.net, self.params.learning_rate
         weights = {"cosine": p.lambda_cos, "autoencoder": 10.0, "alignment": 10.0}
         critics = Player("discriminators", [net.discriminator], self.discriminator_loss, lr=rate)
         translators = Player(
             "translators", [net.encoder, net.generator], self.translator_loss, weights, lr=rate
         )
-        return [self.one_stage(sampler, None, critics, translators)]
+        return [self.unpaired_stage(inputs, rows, p.batch_size, critics, translators)]
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Return the mean of the embeddings a cell has, z_rna and z_atac."""
-        z = [self.net.encoder[m](x) for m, x in batch.x.items()]
-        return mean_of_experts(z, list(batch.present.values()))
-
-
-def other(m: str) -> str:
-    """Return the other domain."""
-    return "atac" if m == "rna" else "rna"
+    def encoded(self, x: Tensor, m: str) -> Tensor:
+        """Return z_m."""
+        return self.net.encoder[m](x)

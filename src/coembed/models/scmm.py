@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.distributions import NegativeBinomial
 from torch.nn.functional import softmax
 
-from coembed.data.minibatches import Batch, Inputs, Shuffled
+from coembed.data.minibatches import Batch, Inputs
 from coembed.data.pipeline import Pipeline
 from coembed.data.views import counts
-from coembed.models.base import Card, Facts, Model, Networks
+from coembed.models.base import Card, Model, Networks
 from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams, param
+from coembed.nn.counts import NegativeBinomialCounts, depth_of
 from coembed.nn.fusion import mean_of_experts
 from coembed.nn.layers import mlp
-from coembed.nn.likelihoods import negative_binomial, zero_inflated
 from coembed.nn.posteriors import Laplace
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
@@ -29,6 +28,9 @@ P_BOUND = 18.42
 """|logit| of the original's clamp of p to [1e-8, 1 - 1e-8]."""
 DEPTH = 1e4
 """Encoders see counts per this many."""
+WITH_PEAKS = {"hidden_rna": 500, "hidden_other": 100, "learning_rate": 5e-4, "batch_size": 64,
+              "max_epochs": 100}  # fmt: skip
+"""What the paper sets otherwise for genes and peaks than for genes and proteins."""
 
 
 class ScMM(Model):
@@ -64,21 +66,14 @@ class ScMM(Model):
         all_peaks: bool = param(False, "every peak, not the top ones", "fault of study.md 3")
         sticky_lr: bool = param(False, "2e-4 at every size", "fault of study.md 3")
 
-    @staticmethod
-    def _paper(facts: Facts) -> dict[str, Any]:
-        if "atac" in facts.roles:
-            widths = {"hidden_rna": 500, "hidden_other": 100}
-            return {**widths, "learning_rate": 5e-4, "batch_size": 64, "max_epochs": 100}
-        return {}
-
-    @staticmethod
-    def _review(facts: Facts) -> dict[str, Any]:
-        as_run = {**ScMM._paper(facts), "min_steps": 0}
-        if "atac" in facts.roles:
-            return {**as_run, "learning_rate": 1e-4, "all_peaks": True}
-        return {**as_run, "learning_rate": 2e-3, "batch_size": 200, "sticky_lr": True}
-
-    presets: ClassVar = {"default": _paper, "review": _review}
+    presets: ClassVar = {
+        "default": lambda facts: {**WITH_PEAKS} if "atac" in facts.roles else {},
+        "review": lambda facts: (
+            {**WITH_PEAKS, "min_steps": 0, "learning_rate": 1e-4, "all_peaks": True}
+            if "atac" in facts.roles
+            else {"min_steps": 0, "learning_rate": 2e-3, "batch_size": 200, "sticky_lr": True}
+        ),
+    }
 
     def pipeline(self, var: Mapping[str, pd.DataFrame]) -> Pipeline:
         """Counts of variable genes, top peaks and all proteins."""
@@ -120,33 +115,26 @@ class ScMM(Model):
         experts = list(self.experts(batch).values())
         return Laplace(*(mean_of_experts(part) for part in zip(*experts, strict=True)))
 
-    def counts_of(self, z: Tensor, depth: Tensor, m: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return r, the logit of p, and the trunk, each (b, .), for modality m at a depth (b,)."""
+    def counts_of(self, z: Tensor, depth: Tensor, m: str) -> NegativeBinomialCounts:
+        """Return what modality m is drawn from in cells of a depth (b,)."""
         h = self.net.decoder[m](z)
         r = self.net.log_r[m](h).clamp(-BOUND, BOUND).exp() * (depth / DEPTH).unsqueeze(-1)
-        return r, self.net.logit_p[m](h).clamp(-P_BOUND, P_BOUND), h
+        logit = self.net.logit_p[m](h).clamp(-P_BOUND, P_BOUND)
+        gate = self.net.gate[m](h) if m in self.net.gate else None
+        return NegativeBinomialCounts(r, logit, gate)
 
     def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
         """Return the mean count of every feature of `role` per 10,000 counts."""
-        r, logit, h = self.counts_of(z, torch.full_like(z[:, 0], DEPTH), role)
-        kept = 1 - self.net.gate[role](h).sigmoid() if role in self.net.gate else 1.0
-        return r * logit.exp() * kept
+        return self.counts_of(z, torch.full_like(z[:, 0], DEPTH), role).mean()
 
     def draw(self, z: Tensor, codes: Tensor, role: str, depth: Tensor) -> Tensor:
         """Return negative binomial counts at a depth, chromatin with its extra zeros."""
-        r, logit, h = self.counts_of(z, depth, role)
-        x = NegativeBinomial(r, logits=logit).sample()
-        kept = 1 - self.net.gate[role](h).sigmoid() if role in self.net.gate else torch.ones_like(x)
-        return x * torch.bernoulli(kept)
+        return self.counts_of(z, depth, role).draw()
 
     def log_likelihood(self, z: Tensor, batch: Batch, m: str) -> Tensor:
         """Return log p(x_m | z), (b,)."""
         x = batch.x[m]
-        r, logit, h = self.counts_of(z, depth_of(x), m)
-        log_prob = negative_binomial(x, r, logit)
-        if m in self.net.gate:
-            log_prob = zero_inflated(x, log_prob, self.net.gate[m](h))
-        return log_prob.sum(-1)
+        return self.counts_of(z, depth_of(x), m).log_likelihood(x).sum(-1)
 
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Every expert decodes every modality; terms are averaged over experts."""
@@ -162,13 +150,6 @@ class ScMM(Model):
         """One player on paired minibatches."""
         p = self.params
         rate = min(2e-4, p.learning_rate) if p.sticky_lr else p.learning_rate
-        player = Player(
-            "elbo", [self.net], self.loss, weights={"kl": WarmUp(p.warm_up)}, lr=rate, amsgrad=True
-        )
-        sampler, held_back = (Shuffled([(self.roles, r)], p.batch_size) for r in (rows, validation))
-        return [self.one_stage(sampler, held_back, player)]
-
-
-def depth_of(x: Tensor) -> Tensor:
-    """Return the counts of each cell, (b,), at least 1."""
-    return x.sum(-1).clamp_min(1)
+        weights = {"kl": WarmUp(p.warm_up)}
+        player = Player("elbo", [self.net], self.loss, weights, lr=rate, amsgrad=True)
+        return [self.paired_stage(rows, validation, player)]

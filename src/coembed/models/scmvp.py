@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.distributions import NegativeBinomial
 
-from coembed.data.cells import Cells
 from coembed.data.features import HighlyVariable, OpenIn, TopPeaks
-from coembed.data.minibatches import Batch, Inputs, Shuffled, slices
+from coembed.data.minibatches import Batch, Inputs, slices
 from coembed.data.pipeline import Pipeline
 from coembed.data.views import Binarise
-from coembed.errors import warn
-from coembed.models.base import Card, Model, Networks
+from coembed.models.base import Card, Networks
+from coembed.models.mixture import MixturePrior
 from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams, param
+from coembed.nn import multiview
+from coembed.nn.counts import depth_of
 from coembed.nn.layers import batch_one_hot
-from coembed.nn.likelihoods import EPS, negative_binomial_mean, poisson, zero_inflated
+from coembed.nn.likelihoods import EPS
 from coembed.nn.mixture import GaussianMixture, cluster_loss
-from coembed.nn.multiview import HIDDEN, Decoder, Joint, block, branch
 from coembed.nn.posteriors import Gaussian
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
-MIN_LOG_VARIANCE = math.log(1e-4)
 WEIGHTS = {"reconstruction_rna": 3.0, "reconstruction_atac": 0.1, "concatenated": 0.1, "cycle": 0.1,
            "clusters": 0.5}  # fmt: skip
-CELLS_PER_COMPONENT = 3
-FIT_AT = 0.3
-"""Share of the plan after which the mixture is fitted."""
+FAULTS = ("variance_as_log_variance", "improper_mixture", "reversed_entropy", "rare_peaks",
+          "no_batch", "noisy_embedding")  # fmt: skip
 
 
-class ScMVP(Model):
+class ScMVP(MixturePrior):
     r"""scMVP (Li et al. 2022), a VAE with two branches and a mixture of Gaussians as prior.
 
     Genes pass a gated layer, peaks one with self-attention. A joint encoder, of such branches,
@@ -65,44 +60,24 @@ class ScMVP(Model):
         batch_size: int = param(64, "cells in a minibatch", "original code", ge=2)
         max_epochs: int = param(10, "passes over the cells", "tutorial; code: 20", ge=1)
         min_steps: int = param(500, MIN_STEPS, "ours: pilots of 250-2,000 cells", ge=0)
-        validation_fraction: float = param(
-            0.1, VALIDATION, "ours: it overfits few cells", ge=0, lt=1
-        )
+        validation_fraction: float = param(0.1, VALIDATION, "ours: few cells overfit", ge=0, lt=1)
         warm_up: float = param(0.3, WARM_UP, "ours; code: 0 (meant: 50 epochs)", ge=0, le=1)
         single_weight: float = param(0.1, "lambda, of the KL to each q_m", "ours; code: 0", ge=0)
         n_top_genes: int = param(4000, "most variable genes kept", "review", ge=2)
-        variance_as_log_variance: bool = param(
-            False, "q's variance in the KL for its log", "fault, 6"
-        )
+        variance_as_log_variance: bool = param(False, "in the KL: var of q for its log", "fault, 6")
         improper_mixture: bool = param(False, "weights free, densities + 1e-10, no fit", "fault, 5")
         reversed_entropy: bool = param(False, "unequal use of clusters is rewarded", "fault, 6")
         rare_peaks: bool = param(False, "only peaks open in 0.1 to 10 % of the cells", "fault, 3")
         no_batch: bool = param(False, "decoders do not see the batch", "fault of study.md 3")
-        noisy_embedding: bool = param(
-            False, "embeds in training mode, 64 cells at a time", "fault, 9"
-        )
+        noisy_embedding: bool = param(False, "embeds in training mode, 64 at a time", "fault, 9")
 
     presets: ClassVar = {
         "review": lambda _: {
             **{"learning_rate": 5e-4, "max_epochs": 30, "min_steps": 0, "warm_up": 0.0},
-            "validation_fraction": 0.0,
-            **{"single_weight": 0.0, "variance_as_log_variance": True, "improper_mixture": True},
-            **{"reversed_entropy": True, "rare_peaks": True, "no_batch": True},
-            "noisy_embedding": True,
+            **{"validation_fraction": 0.0, "single_weight": 0.0},
+            **dict.fromkeys(FAULTS, True),
         }
     }
-
-    @classmethod
-    def resolve_params(
-        cls, data: Cells, preset: str = "default", **overrides: Any
-    ) -> dict[str, Any]:
-        """Return the hyper-parameters, with no more components than the cells can tell apart."""
-        params = super().resolve_params(data, preset, **overrides)
-        asked, most = params["n_components"], max(1, data.n_cells // CELLS_PER_COMPONENT)
-        if asked > most:
-            what = f"{asked} components are too many for {data.n_cells} cells"
-            warn(what, where="scMVP", instead=f"{most} are used")
-        return {**params, "n_components": min(asked, most)}
 
     def pipeline(self, var: Mapping[str, pd.DataFrame]) -> Pipeline:
         """Counts of variable genes; whether top peaks are open."""
@@ -113,39 +88,23 @@ class ScMVP(Model):
     def build(self, net: Networks) -> None:
         """Encoders of each modality and of both, mixture, cluster gate, decoders."""
         p, latent, widths = self.params, self.params.n_latent, self.n_features
-        net.single = nn.ModuleDict(
-            {m: branch(m, n).append(nn.Linear(HIDDEN, 2 * latent)) for m, n in widths.items()}
-        )
-        net.joint = Joint(widths, latent)
-        net.concatenator = nn.Linear(2 * latent, latent)
-        floor = 1e-10 if p.improper_mixture else 0.0
-        net.mixture = GaussianMixture(
-            p.n_components, latent, normalised=not p.improper_mixture, floor=floor
-        )
-        net.gate = block(p.n_components, active=True).append(nn.Sigmoid())
+        net.single = nn.ModuleDict({m: multiview.Single(m, n, latent) for m, n in widths.items()})
+        net.joint = multiview.Joint(widths, latent)
+        net.concatenator = multiview.Concatenator(latent)
+        improper: Any = {"normalised": False, "floor": 1e-10} if p.improper_mixture else {}
+        net.mixture = GaussianMixture(p.n_components, latent, **improper)
+        net.gate = multiview.cluster_gate(p.n_components)
         told = latent + (self.n_batches if self.n_batches > 1 else 0)
-        net.decoder = nn.ModuleDict({m: Decoder(m, told, n) for m, n in widths.items()})
+        net.decoder = nn.ModuleDict({m: multiview.Decoder(m, told, n) for m, n in widths.items()})
         net.log_dispersion = nn.Parameter(torch.randn(widths["rna"]))
-        net.extra_zero = nn.Linear(HIDDEN, widths["atac"])
-
-    def singles(self, x: Mapping[str, Tensor]) -> dict[str, Gaussian]:
-        """Return q_m of every modality given."""
-        return {m: gaussian(self.net.single[m](torch.log1p(v))) for m, v in x.items()}
-
-    def concatenated(self, singles: Mapping[str, Gaussian]) -> Gaussian:
-        """Return the posterior that the linear map makes of those of both modalities."""
-        parts = zip(*singles.values(), strict=True)
-        return Gaussian(*(self.net.concatenator(torch.cat(part, -1)) for part in parts))
+        net.extra_zero = nn.Linear(multiview.HIDDEN, widths["atac"])
 
     def posterior(self, batch: Batch) -> Gaussian:
         """Return q given both modalities, q_m given one."""
         if len(batch.x) == 1:
-            return next(iter(self.singles(batch.x).values()))
-        return gaussian(self.net.joint({m: torch.log1p(x) for m, x in batch.x.items()}))
-
-    def sample_prior(self, n: int) -> Tensor:
-        """Return n draws from the mixture."""
-        return self.net.mixture.sample(n)
+            ((m, x),) = batch.x.items()
+            return self.net.single[m](x)
+        return self.net.joint(batch.x)
 
     def decoded(self, z: Tensor, codes: Tensor, m: str) -> tuple[Tensor, Tensor]:
         """Return the level of every feature, and the layer that the extra zeros come from."""
@@ -156,24 +115,17 @@ class ScMVP(Model):
         """Return the mean count of every feature per count of the cell, without extra zeros."""
         return self.decoded(z, codes, role)[0]
 
+    def counts_of(self, z: Tensor, codes: Tensor, depth: Tensor, m: str) -> multiview.Counts:
+        """Return what modality m is drawn from in cells of a depth (b,); its loss is R."""
+        level, h = self.decoded(z, codes, m)
+        mean = level * depth.unsqueeze(-1) + EPS
+        if m == "rna":
+            return multiview.Genes(mean, self.net.log_dispersion)
+        return multiview.Peaks(mean, self.net.extra_zero(h))
+
     def draw(self, z: Tensor, codes: Tensor, role: str, depth: Tensor) -> Tensor:
         """Return negative binomial genes; Poisson peaks with their extra zeros."""
-        level, h = self.decoded(z, codes, role)
-        mean = level * depth.unsqueeze(-1) + EPS
-        if role == "rna":
-            log_r = self.net.log_dispersion
-            return NegativeBinomial(log_r.exp(), logits=mean.log() - log_r).sample()
-        return torch.poisson(mean) * torch.bernoulli(1 - self.net.extra_zero(h).sigmoid())
-
-    def reconstruction(self, x: Tensor, mean: Tensor, h: Tensor, m: str) -> Tensor:
-        """Return R of modality m, (b,)."""
-        off = 0.5 * torch.where(x > 0, (x - mean).abs(), 0)
-        if m == "rna":
-            log_prob = negative_binomial_mean(x, mean, self.net.log_dispersion.exp())
-        else:
-            log_prob = zero_inflated(x, poisson(x, mean), self.net.extra_zero(h))
-            off = off + 0.05 * torch.where(x > 0, 0, mean)
-        return (off - log_prob).sum(-1)
+        return self.counts_of(z, codes, depth, role).draw()
 
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Reconstructions, the mixture's KL, and what ties the posteriors and the clusters."""
@@ -181,18 +133,13 @@ class ScMVP(Model):
         z = q.sample()
         log_gamma = mixture.log_responsibilities(z)
         in_kl = Gaussian(q.mean, q.log_var.exp()) if p.variance_as_log_variance else q
-        terms, both = {"kl": mixture.kl(in_kl, log_gamma).mean()}, {}
+        terms, means = {"kl": mixture.kl(in_kl, log_gamma).mean()}, {}
         for m, x in batch.x.items():
-            level, h = self.decoded(z, batch.codes, m)
-            mean = level * x.sum(-1, keepdim=True).clamp_min(1) + EPS
-            terms[f"reconstruction_{m}"] = self.reconstruction(x, mean, h, m).mean()
-            both[m] = torch.cat([x, mean])  # one pass: the same batch normalisation for both
-        halves = {m: [part.chunk(2) for part in q_m] for m, q_m in self.singles(both).items()}
-        seen, again = (
-            {m: Gaussian(mean[i], log_var[i]) for m, (mean, log_var) in halves.items()}
-            for i in (0, 1)
-        )
-        concatenated, cycle = self.concatenated(seen), self.concatenated(again)
+            counts = self.counts_of(z, batch.codes, depth_of(x), m)
+            terms[f"reconstruction_{m}"] = counts.loss(x).mean()
+            means[m] = counts.mean
+        seen, again = multiview.encode_twice(self.net.single, batch.x, means)
+        concatenated, cycle = self.net.concatenator(seen), self.net.concatenator(again)
         terms["concatenated"] = q.kl(concatenated).mean()
         terms["cycle"] = concatenated.kl(cycle).mean()
         log_again = mixture.log_responsibilities(cycle.sample())
@@ -200,34 +147,18 @@ class ScMVP(Model):
         return terms | {f"single_{m}": q.kl(q_m).mean() for m, q_m in seen.items()}
 
     def stages(self, inputs: Inputs, rows: np.ndarray, validation: np.ndarray) -> Sequence[Stage]:
-        """One player throughout; `FIT_AT` of the way the mixture is fitted to the latent means."""
+        """One player throughout; part of the way the mixture is fitted to the latent means."""
         p = self.params
         ties = {f"single_{m}": p.single_weight for m in self.roles}
         weights = {**WEIGHTS, **ties, "kl": WarmUp(p.warm_up)}
         player = Player(
             "elbo", [self.net], self.loss, weights, p.learning_rate, eps=0.01, weight_decay=1e-6
         )
-        sampler, held_back = (Shuffled([(self.roles, r)], p.batch_size) for r in (rows, validation))
-        whole = self.one_stage(sampler, held_back, player)
-        first = replace(whole, name="vae", epochs=int(FIT_AT * whole.epochs))
-        if p.improper_mixture or not first.epochs:
-            return [whole]
-
-        def fit() -> None:
-            self.net.eval()
-            self.net.mixture.fit(Model.latent(self, inputs.take(self.roles, rows)))
-
-        rest = whole.epochs - first.epochs
-        return [first, replace(whole, name="mixture", epochs=rest, begin=fit)]
+        plan = self.paired_stage(rows, validation, player)
+        return [plan] if p.improper_mixture else self.fitted_midway(plan, inputs, rows)
 
     def latent(self, inputs: Inputs, chunk: int = 1024) -> np.ndarray:
         """Return the posterior means; under the fault those of training mode."""
         if self.params.noisy_embedding and inputs.n_cells > 1:
             return self.latent_in_training_mode(inputs, slices(np.arange(inputs.n_cells), 64))
         return super().latent(inputs, chunk)
-
-
-def gaussian(heads: Tensor) -> Gaussian:
-    """Return the (b, K) posterior of mean and log-variance side by side, (b, 2 K)."""
-    mean, log_var = heads.chunk(2, -1)
-    return Gaussian(mean, torch.logaddexp(log_var, torch.full_like(log_var, MIN_LOG_VARIANCE)))

@@ -259,6 +259,12 @@ class System:
             patience=self.params.patience,
         )
 
+    def paired_stage(self, rows: np.ndarray, validation: np.ndarray, *players: Player) -> Stage:
+        """Return the plan in which a step draws cells, each with all its modalities."""
+        size = self.params.batch_size
+        sampler, held_back = (Shuffled([(self.roles, r)], size) for r in (rows, validation))
+        return self.one_stage(sampler, held_back, *players)
+
     # -- its cells --------------------------------------------------------------------------------
 
     def _inputs(self, blocks: Mapping[str, Block], cells: Cells) -> Inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import Multinomial
+from torch.distributions import Multinomial, NegativeBinomial
 from torch.nn.functional import binary_cross_entropy, log_softmax, logsigmoid, softplus
 
 EPS = 1e-8
@@ -34,6 +34,11 @@ def negative_binomial(x: Tensor, r: Tensor, logit: Tensor) -> Tensor:
     choose = torch.lgamma(x_seen + r_seen) - torch.lgamma(r_seen) - torch.lgamma(x_seen + 1)
     log_prob = x * logit - (x + r) * softplus(logit)
     return log_prob.index_put(seen, choose.to(log_prob.dtype), accumulate=True)
+
+
+def draw_negative_binomial(r: Tensor, logit: Tensor) -> Tensor:
+    """Return counts of `negative_binomial`; log mean - log r is the logit of a given mean."""
+    return NegativeBinomial(r, logits=logit).sample()
 
 
 def zero_inflated(x: Tensor, log_prob: Tensor, gate: Tensor) -> Tensor:
@@ -69,3 +74,18 @@ def bernoulli(x: Tensor, p: Tensor) -> Tensor:
     """Return log Bernoulli(x; p) for x in [0, 1]; logarithms are not taken below -100."""
     known = p.nan_to_num(nan=0.0)  # torch refuses NaN, which is the guard's to see
     return torch.where(p.isnan(), p, -binary_cross_entropy(known, x, reduction="none"))
+
+
+def gaussian_of_residuals(residuals: Tensor, *, log_divided: bool = False) -> Tensor:
+    """Return a row's mean log-likelihood, a scalar, up to a constant (davae.md section 6).
+
+    The variance V is one for all rows and features: that of the residuals themselves.
+
+    Args:
+        residuals: (b, D), the values less their expectation.
+        log_divided: divide log V by V, as DAVAE's code does.
+    """
+    variance = residuals.var(correction=0)
+    log_variance = variance.log() / variance if log_divided else variance.log()
+    scaled = residuals.square().mean() / variance
+    return -residuals.shape[1] / 2 * (scaled + log_variance)

@@ -1,8 +1,10 @@
-"""The layers of scMVP: a branch for genes, one for peaks, and their decoders (section 4)."""
+"""The networks of scMVP, of genes and peaks, and what they say of counts (sections 4 to 6)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,16 @@ from torch.nn.functional import softmax
 
 from coembed.nn.attention import Gated, SelfAttention
 from coembed.nn.layers import mlp
+from coembed.nn.likelihoods import (
+    draw_negative_binomial,
+    negative_binomial_mean,
+    poisson,
+    zero_inflated,
+)
+from coembed.nn.posteriors import Gaussian
 
 HIDDEN = 128
+MIN_LOG_VARIANCE = math.log(1e-4)
 
 
 def block(n_in: int, dropout: float = 0.0, *, active: bool = False) -> nn.Sequential:
@@ -38,12 +48,36 @@ def branch(kind: str, n_features: int) -> nn.Sequential:
     return block(n_features, 0.1).append(SelfAttention(HIDDEN, dropout=0.1))
 
 
+def posterior(heads: Tensor) -> Gaussian:
+    """Return the (b, K) Gaussian of mean and log-variance side by side, (b, 2 K)."""
+    mean, log_var = heads.chunk(2, -1)
+    return Gaussian(mean, torch.logaddexp(log_var, torch.full_like(log_var, MIN_LOG_VARIANCE)))
+
+
+class Single(nn.Module):
+    """The encoder of genes alone or of peaks alone.
+
+    Args:
+        kind: 'rna' for genes, else peaks.
+        n_features: number of features.
+        n_latent: K.
+    """
+
+    def __init__(self, kind: str, n_features: int, n_latent: int) -> None:
+        super().__init__()
+        self.layers = branch(kind, n_features).append(nn.Linear(HIDDEN, 2 * n_latent))
+
+    def forward(self, x: Tensor) -> Gaussian:
+        """Return the (b, K) posterior for counts (b, n_features)."""
+        return posterior(self.layers(torch.log1p(x)))
+
+
 class Joint(nn.Module):
     """The encoder of genes and peaks together.
 
     Args:
         widths: kind to number of features.
-        n_latent: K; mean and log-variance come side by side.
+        n_latent: K.
     """
 
     def __init__(self, widths: Mapping[str, int], n_latent: int) -> None:
@@ -55,9 +89,46 @@ class Joint(nn.Module):
             nn.Linear(HIDDEN, 2 * n_latent),
         )
 
-    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
-        """Return (b, 2 K) for the features of every kind."""
-        return self.head(torch.cat([self.branches[kind](v) for kind, v in x.items()], -1))
+    def forward(self, x: Mapping[str, Tensor]) -> Gaussian:
+        """Return the (b, K) posterior for the counts of every kind."""
+        parts = [self.branches[kind](torch.log1p(v)) for kind, v in x.items()]
+        return posterior(self.head(torch.cat(parts, -1)))
+
+
+class Concatenator(nn.Module):
+    """One linear map from the posteriors of both kinds to one; it serves means and log-variances.
+
+    Args:
+        n_latent: K.
+    """
+
+    def __init__(self, n_latent: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * n_latent, n_latent)
+
+    def forward(self, singles: Mapping[str, Gaussian]) -> Gaussian:
+        """Return the (b, K) posterior for those of genes and of peaks, in this order."""
+        parts = zip(*singles.values(), strict=True)
+        return Gaussian(*(self.linear(torch.cat(part, -1)) for part in parts))
+
+
+def encode_twice(
+    encoders: Mapping[str, nn.Module], x: Mapping[str, Tensor], again: Mapping[str, Tensor]
+) -> tuple[dict[str, Gaussian], dict[str, Gaussian]]:
+    """Return the posteriors of two versions of the same cells under the encoder of every kind.
+
+    They pass together, so that batch normalisation treats both alike.
+    """
+    first, second = {}, {}
+    for kind, encoder in encoders.items():
+        means, log_vars = (part.chunk(2) for part in encoder(torch.cat([x[kind], again[kind]])))
+        first[kind], second[kind] = map(Gaussian, means, log_vars)
+    return first, second
+
+
+def cluster_gate(n_components: int) -> nn.Sequential:
+    """Return responsibilities (b, n_components) to the gate of every `Decoder`, (b, HIDDEN)."""
+    return block(n_components, active=True).append(nn.Sigmoid())
 
 
 class Decoder(nn.Module):
@@ -95,3 +166,58 @@ class Decoder(nn.Module):
         if self.kind == "rna":
             return softmax(gated, -1) * torch.sigmoid(free), h
         return torch.sigmoid(gated) * softmax(free, -1), h
+
+
+class Genes(NamedTuple):
+    """What counts of genes are drawn from: negative binomial.
+
+    Attributes:
+        mean: (b, n_features).
+        log_dispersion: log of the inverse dispersion, (n_features,).
+    """
+
+    mean: Tensor
+    log_dispersion: Tensor
+
+    def draw(self) -> Tensor:
+        """Return counts drawn from it, (b, n_features)."""
+        return draw_negative_binomial(
+            self.log_dispersion.exp(), self.mean.log() - self.log_dispersion
+        )
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Return the negative log-likelihood plus half the distance of non-zero counts, (b,)."""
+        off = distance(x, self.mean)
+        log_prob = negative_binomial_mean(x, self.mean, self.log_dispersion.exp())
+        return (off - log_prob).sum(-1)
+
+
+class Peaks(NamedTuple):
+    """What open peaks are drawn from: Poisson with extra zeros.
+
+    Attributes:
+        mean: (b, n_features), without the extra zeros.
+        gate: logit of an extra zero.
+    """
+
+    mean: Tensor
+    gate: Tensor
+
+    def draw(self) -> Tensor:
+        """Return counts drawn from it, (b, n_features)."""
+        return torch.poisson(self.mean) * torch.bernoulli(1 - self.gate.sigmoid())
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Return as `Genes.loss`; a mean where the count is zero costs a twentieth of itself."""
+        off = distance(x, self.mean)
+        log_prob = zero_inflated(x, poisson(x, self.mean), self.gate)
+        at_zeros = 0.05 * torch.where(x > 0, 0, self.mean)
+        return (off + at_zeros - log_prob).sum(-1)
+
+
+Counts = Genes | Peaks
+
+
+def distance(x: Tensor, mean: Tensor) -> Tensor:
+    """Return half the absolute difference of every non-zero count and its mean, else 0."""
+    return 0.5 * torch.where(x > 0, (x - mean).abs(), 0)
