@@ -6,6 +6,7 @@
 #   make install               .venv alone
 #   make quick                 the fast tests alone
 #   make eight                 all models on the real pilots, hours, docs/results/eight.md
+#   make bench                 speed and memory beside scvi-tools, hours, docs/results/speed.md
 
 PYTHON ?= python3
 DATA   ?= sim-multiome
@@ -21,7 +22,7 @@ BIN    := $(VENV)/bin
 # TORCH_INDEX=<the address of PyTorch's CPU wheels>. The default of PyPI on Linux is a CUDA build.
 TORCH_INDEX ?=
 
-.PHONY: install study test quick eight lint clean
+.PHONY: install study test quick eight bench lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -46,6 +47,9 @@ quick: install
 
 eight: install
 	$(BIN)/python benchmarks/eight.py $(ARGS)
+
+bench: install
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

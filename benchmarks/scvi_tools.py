@@ -119,7 +119,7 @@ def execute(task: Task, source: Source) -> dict[str, Any]:
         "prot": [],
     }
     views = Pipeline({role: selection[role] for role in cells.roles})
-    model = _model(task.model, as_mudata(views.fit(train), train))
+    model = registered(task.model, as_mudata(views.fit(train), train))
     model.train(
         max_epochs=task.params["max_epochs"],
         accelerator=task.device,
@@ -173,7 +173,7 @@ def as_mudata(blocks: dict[str, Block], cells: Cells) -> MuData:
     return data
 
 
-def _model(name: str, data: MuData) -> Any:
+def registered(name: str, data: MuData) -> Any:
     """Return scvi-tools' model, registered with the batch and with all other defaults."""
     from scvi.model import MULTIVI, TOTALVI
 
