@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from coembed.data.pipeline import Block
+from coembed.data.pipeline import Block, Matrix
 
 Draw = Mapping[str, np.ndarray]
 """Input name -> rows to gather. Paired systems draw the same rows for every input."""
@@ -21,7 +21,7 @@ class Batch:
     """One minibatch on the device; every field maps an input's name to its tensor.
 
     Attributes:
-        x: (b, n_features) float32.
+        x: (b, n_features) float32, dense or, of `Inputs` that allow it, CSR.
         present: (b,) bool, whether the modality measured the cell.
         batch: (b,) int64, code of the technical batch; -1 where the model never saw it.
     """
@@ -42,19 +42,27 @@ class Batch:
 class Inputs:
     """The views of a set of cells, ready to be gathered row by row.
 
-    Sparse views stay sparse; only the rows of a minibatch are made dense.
+    Sparse views stay sparse; only the rows of a minibatch are made dense, if that.
 
     Args:
         blocks: input name -> view, all over the same cells.
         batch: (n_cells,) int codes of the technical batch.
         device: where minibatches go.
+        sparse: whether the minibatches of views with few entries stay CSR.
     """
 
     def __init__(
-        self, blocks: Mapping[str, Block], batch: np.ndarray, device: torch.device
+        self,
+        blocks: Mapping[str, Block],
+        batch: np.ndarray,
+        device: torch.device,
+        *,
+        sparse: bool = False,
     ) -> None:
         self.blocks, self.batch, self.device = blocks, batch, device
         self.n_cells = len(batch)
+        takes = sparse and device.type in ("cpu", "cuda")
+        self.sparse = {name for name, block in blocks.items() if takes and few_entries(block.x)}
 
     @property
     def present(self) -> dict[str, np.ndarray]:
@@ -87,16 +95,18 @@ class Inputs:
             )
             for name in names
         }
-        return Inputs(blocks, self.batch[rows], self.device)
+        return Inputs(blocks, self.batch[rows], self.device, sparse=bool(self.sparse))
 
     def gather(self, draw: Draw) -> Batch:
         """Return the minibatch of `draw` on the device."""
         x, present, batch = {}, {}, {}
         for name, rows in draw.items():
             block = self.blocks[name]
-            values = block.x[rows]
-            dense = values.toarray() if isinstance(values, sparse.csr_matrix) else values
-            x[name] = self._send(dense.astype(np.float32, copy=False))
+            values = block.x[rows].astype(np.float32, copy=False)
+            if name in self.sparse:
+                x[name] = as_csr(values).to(self.device)
+            else:
+                x[name] = self._send(values.toarray() if sparse.issparse(values) else values)
             present[name] = self._send(block.present[rows])
             batch[name] = self._send(self.batch[rows])
         return Batch(x, present, batch)
@@ -136,6 +146,21 @@ class Sampler(Protocol):
     def epoch(self, rng: np.random.Generator) -> Iterator[Draw]:
         """Yield the draws of one epoch."""
         ...
+
+
+def few_entries(x: Matrix) -> bool:
+    """Say whether products with rows of x are faster over its entries than dense."""
+    return isinstance(x, sparse.csr_matrix) and x.nnz < SPARSE * x.shape[0] * x.shape[1]
+
+
+SPARSE = 0.15
+"""Density up to which they are, by measurement (benchmarks/NOTES.md)."""
+
+
+def as_csr(x: sparse.csr_matrix) -> torch.Tensor:
+    """Return a scipy CSR matrix as a torch one; they share memory."""
+    parts = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
+    return torch.sparse_csr_tensor(*parts, size=x.shape, check_invariants=False)
 
 
 class Shuffled:

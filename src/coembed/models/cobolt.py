@@ -43,6 +43,7 @@ class Cobolt(Model):
     """
 
     card = Card.read("cobolt")
+    takes_sparse = True
 
     class Params(TrainingParams):
         """Hyper-parameters of Cobolt."""
@@ -113,7 +114,7 @@ class Cobolt(Model):
         posterior = self.posterior(batch)
         z = posterior.sample()
         terms = {
-            f"reconstruction_{m}": -multinomial(x, self.logits(z, batch.batch[m], m)).sum(-1).mean()
+            f"reconstruction_{m}": -multinomial(x, self.logits(z, batch.batch[m], m)).mean()
             for m, x in batch.x.items()
         }
         return {**terms, "kl": posterior.kl(self.prior).mean()}

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.distributions import NegativeBinomial
-from torch.nn.functional import softmax
+from torch.nn.functional import logsigmoid, softmax
 
 from coembed.data.minibatches import Batch, Inputs, Shuffled
 from coembed.data.pipeline import Pipeline
@@ -24,7 +24,7 @@ from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams
 from coembed.nn.adversary import confusion_loss
 from coembed.nn.fusion import average_of_experts
 from coembed.nn.layers import ConditionalMLP, batch_one_hot, mlp
-from coembed.nn.likelihoods import bernoulli, negative_binomial_mean, zero_inflated
+from coembed.nn.likelihoods import negative_binomial_mean, scaled_bernoulli
 from coembed.nn.posteriors import Gaussian
 from coembed.nn.protein import ProteinDecoder, ProteinMixture
 from coembed.train.stage import Clock, Player, Stage, WarmUp
@@ -54,6 +54,7 @@ class MultiVI(Model):
     """
 
     card = Card.read("multivi")
+    takes_sparse = True
 
     class Params(TrainingParams):
         """Hyper-parameters of MultiVI."""
@@ -123,7 +124,7 @@ class MultiVI(Model):
             net.depth[m] = nn.Sequential(
                 mlp((width, h, h), **leaky),
                 nn.Linear(h, 1),
-                nn.LeakyReLU() if rna else nn.Sigmoid(),
+                nn.LeakyReLU() if rna else nn.LogSigmoid(),  # both are logarithms
             )
             net.decoder[m] = ConditionalMLP(
                 (k, h, h), condition, deep=False, norm=norm,
@@ -178,11 +179,11 @@ class MultiVI(Model):
         if isinstance(h, ProteinMixture):
             return h.log_likelihood(x, h.background.sample(), free.exp()).sum(-1)
         if m == "atac":
-            p = self.open(h) * self.net.depth[m](x) * free.sigmoid()
-            return bernoulli((x > 0).to(p.dtype), p).sum(-1)
+            log_depth = self.net.depth[m](x).squeeze(-1)
+            return scaled_bernoulli(x, self.net.output[m](h), log_depth, logsigmoid(free))
         mean = self.net.depth[m](x).exp() * softmax(self.net.output[m](h), -1)
-        log_prob = negative_binomial_mean(x, mean, free.exp())
-        return zero_inflated(x, log_prob, self.net.gate(h)).sum(-1)
+        counts = negative_binomial_mean(x, mean, free.exp())
+        return counts.zero_inflated(self.net.gate(h)).sum()
 
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Measured modalities' negative log-likelihoods, KL, distance of experts, confusion."""

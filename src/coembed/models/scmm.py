@@ -19,8 +19,9 @@ from coembed.models.base import Card, Facts, Model, Networks
 from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams, param
 from coembed.nn.fusion import mean_of_experts
 from coembed.nn.layers import mlp
-from coembed.nn.likelihoods import negative_binomial, zero_inflated
+from coembed.nn.likelihoods import negative_binomial
 from coembed.nn.posteriors import Laplace
+from coembed.nn.sparse import row_sums, scale_rows
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
 BOUND = 12.0
@@ -47,6 +48,7 @@ class ScMM(Model):
     """
 
     card = Card.read("scmm")
+    takes_sparse = True
 
     class Params(TrainingParams):
         """Hyper-parameters of scMM."""
@@ -110,7 +112,7 @@ class ScMM(Model):
         """Return the posterior of every modality in the minibatch on its own."""
         experts = {}
         for m, x in batch.x.items():
-            h = self.net.encoder[m](x / depth_of(x).unsqueeze(-1) * DEPTH)
+            h = self.net.encoder[m](scale_rows(x, DEPTH / depth_of(x)))
             weights = softmax(self.net.scale[m](h).clamp(-BOUND, BOUND), -1)
             experts[m] = Laplace(self.net.location[m](h), self.params.n_latent * weights + 1e-6)
         return experts
@@ -143,10 +145,10 @@ class ScMM(Model):
         """Return log p(x_m | z), (b,)."""
         x = batch.x[m]
         r, logit, h = self.counts_of(z, depth_of(x), m)
-        log_prob = negative_binomial(x, r, logit)
+        counts = negative_binomial(x, r, logit)
         if m in self.net.gate:
-            log_prob = zero_inflated(x, log_prob, self.net.gate[m](h))
-        return log_prob.sum(-1)
+            counts = counts.zero_inflated(self.net.gate[m](h))
+        return counts.sum()
 
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Every expert decodes every modality; terms are averaged over experts."""
@@ -171,4 +173,4 @@ class ScMM(Model):
 
 def depth_of(x: Tensor) -> Tensor:
     """Return the counts of each cell, (b,), at least 1."""
-    return x.sum(-1).clamp_min(1)
+    return row_sums(x).clamp_min(1)

@@ -197,7 +197,7 @@ class TotalVI(Model):
         level = mixture.background.sample() + log_efficiency
         proteins = mixture.log_likelihood(y, level, free["log_phi"].exp())
         terms = {
-            "reconstruction_rna": -genes.sum(-1) * batch.present["rna"],
+            "reconstruction_rna": -genes.sum() * batch.present["rna"],
             "reconstruction_prot": -(proteins * seen).sum(-1),
             "kl": q.kl(self.prior),
             "kl_background": (self.net.prior.kl(mixture.background, codes) * seen).sum(-1),

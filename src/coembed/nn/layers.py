@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
+from coembed.nn.sparse import Linear
+
 Layer = Callable[[], nn.Module]
 Norm = Callable[[int], nn.Module]
 """A width to a normalisation of that width."""
@@ -25,7 +27,7 @@ def mlp(
     """Return Linear - norm - activation - dropout, once per pair of `sizes`.
 
     Args:
-        sizes: widths, input first: (b, sizes[0]) -> (b, sizes[-1]).
+        sizes: widths, input first: (b, sizes[0]) -> (b, sizes[-1]); the input may be CSR.
         norm: the normalisation that follows each linear layer, e.g. `nn.BatchNorm1d`.
         activation: the non-linearity.
         dropout: share of the activations that training drops; no layer at 0.
@@ -33,7 +35,7 @@ def mlp(
     """
     layers: list[nn.Module] = []
     for i, (width_in, width_out) in enumerate(pairwise(sizes)):
-        layers.append(nn.Linear(width_in, width_out))
+        layers.append((Linear if i == 0 else nn.Linear)(width_in, width_out))
         if last or i < len(sizes) - 2:
             layers += _after(width_out, norm, activation, dropout)
     return nn.Sequential(*layers)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import NegativeBinomial
 
 from coembed.nn.layers import ConditionalMLP, Layer, Norm
-from coembed.nn.likelihoods import mixture, negative_binomial_mean
+from coembed.nn.likelihoods import EPS, log_rising, mixture
 from coembed.nn.posteriors import Gaussian
 
 
@@ -70,12 +70,13 @@ class ProteinMixture(NamedTuple):
         Args:
             y: the counts.
             log_background: (b, P) log of the background's mean count, drawn from `background`.
-            dispersion: inverse dispersion of both components, broadcast to (b, P).
+            dispersion: inverse dispersion of both components, (P,) or broadcast to (b, P).
         """
+        # Few proteins have no count, so nothing is done for zeros apart (as in `likelihoods`).
+        choose = log_rising(y, dispersion) - log_rising(y, y.new_ones(()))
         level = log_background.exp()
-        background, foreground = (
-            negative_binomial_mean(y, mean, dispersion) for mean in (level, level * self.fold)
-        )
+        odds = [(mean + EPS) / (dispersion + EPS) for mean in (level, level * self.fold)]
+        background, foreground = (choose + y * o.log() - (y + dispersion) * o.log1p() for o in odds)
         return mixture(background, foreground, self.logit)
 
     def foreground_mean(self) -> Tensor:
