@@ -27,6 +27,7 @@ from coembed.nn.layers import ConditionalMLP, batch_one_hot, mlp
 from coembed.nn.likelihoods import negative_binomial_mean, scaled_bernoulli
 from coembed.nn.posteriors import Gaussian
 from coembed.nn.protein import ProteinDecoder, ProteinMixture
+from coembed.nn.sparse import Linear
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
 DROPOUT = 0.1
@@ -112,7 +113,7 @@ class MultiVI(Model):
             setattr(net, part, nn.ModuleDict())
         net.free = nn.ParameterDict()
         for m, width in self.n_features.items():
-            net.encoder[m] = mlp((width, h, h), dropout=DROPOUT, **leaky)
+            net.encoder[m] = mlp((width, h, h), first=Linear, dropout=DROPOUT, **leaky)
             net.mean[m], net.log_var[m] = nn.Linear(h, k), nn.Linear(h, k)
             if m == "prot":
                 net.decoder[m] = ProteinDecoder(
@@ -122,7 +123,7 @@ class MultiVI(Model):
                 continue
             rna = m == "rna"
             net.depth[m] = nn.Sequential(
-                mlp((width, h, h), **leaky),
+                mlp((width, h, h), first=Linear, **leaky),
                 nn.Linear(h, 1),
                 nn.LeakyReLU() if rna else nn.LogSigmoid(),  # both are logarithms
             )

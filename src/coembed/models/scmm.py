@@ -21,7 +21,7 @@ from coembed.nn.fusion import mean_of_experts
 from coembed.nn.layers import mlp
 from coembed.nn.likelihoods import negative_binomial
 from coembed.nn.posteriors import Laplace
-from coembed.nn.sparse import row_sums, scale_rows
+from coembed.nn.sparse import Linear, row_sums, scale_rows
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
 BOUND = 12.0
@@ -95,7 +95,7 @@ class ScMM(Model):
         for m, width in self.n_features.items():
             h = p.hidden_rna if m == "rna" else p.hidden_other
             hidden = (h,) * p.n_layers
-            net.encoder[m] = mlp((width, *hidden), norm=nn.BatchNorm1d)
+            net.encoder[m] = mlp((width, *hidden), first=Linear, norm=nn.BatchNorm1d)
             net.location[m], net.scale[m] = nn.Linear(h, latent), nn.Linear(h, latent)
             net.decoder[m] = mlp((latent, *hidden), norm=nn.BatchNorm1d)
             net.log_r[m], net.logit_p[m] = nn.Linear(h, width), nn.Linear(h, width)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
-from coembed.nn.sparse import Linear
-
 Layer = Callable[[], nn.Module]
 Norm = Callable[[int], nn.Module]
 """A width to a normalisation of that width."""
@@ -19,6 +17,7 @@ Norm = Callable[[int], nn.Module]
 def mlp(
     sizes: Sequence[int],
     *,
+    first: type[nn.Linear] = nn.Linear,
     norm: Norm | None = None,
     activation: Layer = nn.ReLU,
     dropout: float = 0.0,
@@ -27,7 +26,8 @@ def mlp(
     """Return Linear - norm - activation - dropout, once per pair of `sizes`.
 
     Args:
-        sizes: widths, input first: (b, sizes[0]) -> (b, sizes[-1]); the input may be CSR.
+        sizes: widths, input first: (b, sizes[0]) -> (b, sizes[-1]).
+        first: the class of the first linear layer; `nn.sparse.Linear` takes CSR rows.
         norm: the normalisation that follows each linear layer, e.g. `nn.BatchNorm1d`.
         activation: the non-linearity.
         dropout: share of the activations that training drops; no layer at 0.
@@ -35,7 +35,7 @@ def mlp(
     """
     layers: list[nn.Module] = []
     for i, (width_in, width_out) in enumerate(pairwise(sizes)):
-        layers.append((Linear if i == 0 else nn.Linear)(width_in, width_out))
+        layers.append((nn.Linear if i else first)(width_in, width_out))
         if last or i < len(sizes) - 2:
             layers += _after(width_out, norm, activation, dropout)
     return nn.Sequential(*layers)

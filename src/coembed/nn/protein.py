@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import NegativeBinomial
 
 from coembed.nn.layers import ConditionalMLP, Layer, Norm
-from coembed.nn.likelihoods import EPS, log_rising, mixture
+from coembed.nn.likelihoods import EPS, log_choose, mixture
 from coembed.nn.posteriors import Gaussian
 
 
@@ -73,7 +73,7 @@ class ProteinMixture(NamedTuple):
             dispersion: inverse dispersion of both components, (P,) or broadcast to (b, P).
         """
         # Few proteins have no count, so nothing is done for zeros apart (as in `likelihoods`).
-        choose = log_rising(y, dispersion) - log_rising(y, y.new_ones(()))
+        choose = log_choose(y, dispersion)
         level = log_background.exp()
         odds = [(mean + EPS) / (dispersion + EPS) for mean in (level, level * self.fold)]
         background, foreground = (choose + y * o.log() - (y + dispersion) * o.log1p() for o in odds)

@@ -14,7 +14,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import embedding_bag
 
 from coembed.data.minibatches import as_csr
 
@@ -87,25 +87,26 @@ def scale_rows(x: Tensor, factor: Tensor) -> Tensor:
     if x.layout != torch.sparse_csr:
         return x * factor.unsqueeze(-1)
     values = x.values() * factor.repeat_interleave(x.crow_indices().diff().long())
-    return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape)
+    where = x.crow_indices(), x.col_indices()
+    return torch.sparse_csr_tensor(*where, values, size=x.shape, check_invariants=False)
 
 
 class Linear(nn.Linear):
     """A linear layer that also takes CSR rows, and then touches the weights of their entries alone.
 
-    Its weight is stored input by input, so that those of one feature lie side by side.
+    Its weight is (in_features, out_features), so that those of one feature lie side by side.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.weight = nn.Parameter(self.weight.detach().t().contiguous().t())
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.weight = nn.Parameter(self.weight.detach().t().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (b, out_features) for x (b, in_features), dense or CSR."""
         if x.layout != torch.sparse_csr:
-            return linear(x, self.weight, self.bias)
-        product: Tensor = _SparseProduct.apply(x, self.weight.t())
-        return product if self.bias is None else product + self.bias
+            return torch.addmm(self.bias, x, self.weight)
+        product: Tensor = _SparseProduct.apply(x, self.weight)
+        return product + self.bias
 
 
 class _SparseProduct(torch.autograd.Function):
