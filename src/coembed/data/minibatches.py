@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from coembed.data.pipeline import Block, Matrix
+from coembed.data.pipeline import Block
 
 Draw = Mapping[str, np.ndarray]
 """Input name -> rows to gather. Paired systems draw the same rows for every input."""
@@ -48,7 +48,7 @@ class Inputs:
         blocks: input name -> view, all over the same cells.
         batch: (n_cells,) int codes of the technical batch.
         device: where minibatches go.
-        sparse: whether the minibatches of views with few entries stay CSR.
+        sparse: whether the minibatches of sparse views stay CSR.
     """
 
     def __init__(
@@ -61,8 +61,7 @@ class Inputs:
     ) -> None:
         self.blocks, self.batch, self.device = blocks, batch, device
         self.n_cells = len(batch)
-        takes = sparse and device.type in ("cpu", "cuda")
-        self.sparse = {name for name, block in blocks.items() if takes and few_entries(block.x)}
+        self.sparse = sparse and device.type in ("cpu", "cuda")
 
     @property
     def present(self) -> dict[str, np.ndarray]:
@@ -95,7 +94,7 @@ class Inputs:
             )
             for name in names
         }
-        return Inputs(blocks, self.batch[rows], self.device, sparse=bool(self.sparse))
+        return Inputs(blocks, self.batch[rows], self.device, sparse=self.sparse)
 
     def gather(self, draw: Draw) -> Batch:
         """Return the minibatch of `draw` on the device."""
@@ -103,10 +102,12 @@ class Inputs:
         for name, rows in draw.items():
             block = self.blocks[name]
             values = block.x[rows].astype(np.float32, copy=False)
-            if name in self.sparse:
+            if not sparse.issparse(values):
+                x[name] = self._send(values)
+            elif self.sparse:
                 x[name] = as_csr(values).to(self.device)
             else:
-                x[name] = self._send(values.toarray() if sparse.issparse(values) else values)
+                x[name] = self._send(values.toarray())
             present[name] = self._send(block.present[rows])
             batch[name] = self._send(self.batch[rows])
         return Batch(x, present, batch)
@@ -146,15 +147,6 @@ class Sampler(Protocol):
     def epoch(self, rng: np.random.Generator) -> Iterator[Draw]:
         """Yield the draws of one epoch."""
         ...
-
-
-def few_entries(x: Matrix) -> bool:
-    """Say whether products with rows of x are faster over its entries than dense."""
-    return isinstance(x, sparse.csr_matrix) and x.nnz < SPARSE * x.shape[0] * x.shape[1]
-
-
-SPARSE = 0.15
-"""Density up to which they are, by measurement (benchmarks/NOTES.md)."""
 
 
 def as_csr(x: sparse.csr_matrix) -> torch.Tensor:

@@ -27,7 +27,7 @@ from coembed.nn.layers import ConditionalMLP, batch_one_hot, mlp
 from coembed.nn.likelihoods import negative_binomial_mean, scaled_bernoulli
 from coembed.nn.posteriors import Gaussian
 from coembed.nn.protein import ProteinDecoder, ProteinMixture
-from coembed.nn.sparse import Linear
+from coembed.nn.sparse import Linear, dense
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
 DROPOUT = 0.1
@@ -178,7 +178,7 @@ class MultiVI(Model):
         """Return log p(x_m | z) of every cell, (b,)."""
         x, h, free = batch.x[m], self.decoded(z, batch.codes, m), self.net.free[m]
         if isinstance(h, ProteinMixture):
-            return h.log_likelihood(x, h.background.sample(), free.exp()).sum(-1)
+            return h.log_likelihood(dense(x), h.background.sample(), free.exp()).sum(-1)
         if m == "atac":
             log_depth = self.net.depth[m](x).squeeze(-1)
             return scaled_bernoulli(x, self.net.output[m](h), log_depth, logsigmoid(free))

@@ -27,6 +27,7 @@ from coembed.nn.layers import ConditionalMLP, batch_one_hot
 from coembed.nn.likelihoods import EPS, negative_binomial_mean
 from coembed.nn.posteriors import Gaussian
 from coembed.nn.protein import ProteinDecoder, ProteinMixture, SkipDecoder
+from coembed.nn.sparse import dense, row_sums, scale_rows
 from coembed.train.stage import Clock, CoolDown, Plateau, Player, Stage, WarmUp
 
 PULL = 1e-3
@@ -55,6 +56,7 @@ class TotalVI(Model):
     """
 
     card = Card.read("totalvi")
+    takes_sparse = True
 
     class Params(TrainingParams):
         """Hyper-parameters of totalVI."""
@@ -120,7 +122,14 @@ class TotalVI(Model):
             batch.x[m] if m in batch.x else torch.zeros(len(batch), n, device=self.device)
             for m, n in self.n_features.items()
         )
-        return (torch.cat([x, y], -1) if self.params.protein_in_genes else x), y
+        y = dense(y)
+        return (torch.cat([dense(x), y], -1) if self.params.protein_in_genes else x), y
+
+    def view(self, counts: Tensor) -> Tensor:
+        """Return what the encoder sees of counts, dense."""
+        if self.newer:
+            counts = scale_rows(counts, 1 / (1 + row_sums(counts) / counts.shape[-1]))
+        return dense(torch.log1p(counts))
 
     def condition(self, codes: Tensor) -> Tensor:
         """Return the one-hot of the batch that encoder and decoders see."""
@@ -128,11 +137,8 @@ class TotalVI(Model):
 
     def posterior(self, batch: Batch) -> Gaussian:
         """Return q(z | x, y, s)."""
-        views = [
-            torch.log1p(c / (1 + c.mean(-1, keepdim=True)) if self.newer else c)
-            for c in self.counts(batch)
-        ]
-        h = self.net.encoder(torch.cat(views, -1), self.condition(batch.codes))
+        views = torch.cat([self.view(counts) for counts in self.counts(batch)], -1)
+        h = self.net.encoder(views, self.condition(batch.codes))
         return Gaussian(self.net.mean(h), (self.net.log_var(h).exp() + 1e-4).log())
 
     def shares(self, z: Tensor, codes: Tensor) -> Tensor:
@@ -191,7 +197,7 @@ class TotalVI(Model):
         seen = self.net.measured_prot[codes] * batch.present["prot"].unsqueeze(-1)
         q = self.posterior(batch)
         z = q.sample()
-        mean = x.sum(-1, keepdim=True) * self.shares(z, codes)
+        mean = row_sums(x).unsqueeze(-1) * self.shares(z, codes)
         genes = negative_binomial_mean(x, mean, free["log_theta"].exp())
         mixture, log_efficiency = self.proteins(z, codes), self.log_efficiency(codes)
         level = mixture.background.sample() + log_efficiency

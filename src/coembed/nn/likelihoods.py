@@ -78,7 +78,7 @@ def negative_binomial_mean(x: Counts, mean: Tensor, dispersion: Tensor) -> LogLi
         dispersion: broadcasts to (b, P).
     """
     entries = Entries.of_counts(x)
-    odds = (mean + EPS) / (dispersion + EPS)  # the exponential of the logit above
+    odds = (mean + EPS) * (dispersion + EPS).reciprocal()  # the exponential of the logit above
     seen = entries.of(odds)
     gain = log_choose_few(entries.x, entries.of(dispersion)) + entries.x * (
         seen.log() - seen.log1p()

@@ -75,7 +75,8 @@ class ProteinMixture(NamedTuple):
         # Few proteins have no count, so nothing is done for zeros apart (as in `likelihoods`).
         choose = log_choose(y, dispersion)
         level = log_background.exp()
-        odds = [(mean + EPS) / (dispersion + EPS) for mean in (level, level * self.fold)]
+        inverse = (dispersion + EPS).reciprocal()
+        odds = [(mean + EPS) * inverse for mean in (level, level * self.fold)]
         background, foreground = (choose + y * o.log() - (y + dispersion) * o.log1p() for o in odds)
         return mixture(background, foreground, self.logit)
 

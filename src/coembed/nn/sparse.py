@@ -1,7 +1,7 @@
 """Minibatches of counts that are mostly zeros: products and sums over their entries alone.
 
-A minibatch is a dense tensor or a `torch.sparse_csr` one (`data.minibatches.Inputs` decides by
-density); what is here takes both and gives the same numbers.
+A minibatch is a dense tensor or a `torch.sparse_csr` one; what is here takes both and gives the
+same numbers.
 """
 
 from __future__ import annotations
@@ -91,8 +91,21 @@ def scale_rows(x: Tensor, factor: Tensor) -> Tensor:
     return torch.sparse_csr_tensor(*where, values, size=x.shape, check_invariants=False)
 
 
+def dense(x: Tensor) -> Tensor:
+    """Return a tensor as it is, or a CSR one made dense."""
+    if x.layout != torch.sparse_csr:
+        return x
+    if x.device.type != "cpu":
+        return x.to_dense()
+    return torch.from_numpy(_as_scipy(x).toarray())  # several times as fast as torch
+
+
+SPARSE = 0.15
+"""Density up to which products over the entries are faster than dense ones, by measurement."""
+
+
 class Linear(nn.Linear):
-    """A linear layer that also takes CSR rows, and then touches the weights of their entries alone.
+    """A linear layer that also takes CSR rows; where few, the weights of their entries alone count.
 
     Its weight is (in_features, out_features), so that those of one feature lie side by side.
     """
@@ -103,10 +116,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (b, out_features) for x (b, in_features), dense or CSR."""
-        if x.layout != torch.sparse_csr:
-            return torch.addmm(self.bias, x, self.weight)
-        product: Tensor = _SparseProduct.apply(x, self.weight)
-        return product + self.bias
+        if x.layout == torch.sparse_csr and x.values().numel() < SPARSE * x.numel():
+            product: Tensor = _SparseProduct.apply(x, self.weight)
+            return product + self.bias
+        return torch.addmm(self.bias, dense(x), self.weight)
 
 
 class _SparseProduct(torch.autograd.Function):
@@ -136,6 +149,9 @@ def _transposed(x: Tensor) -> Tensor:
     """Return x (CSR) transposed, in CSR: on the CPU scipy is several times faster than torch."""
     if x.device.type != "cpu":
         return x.transpose(0, 1).to_sparse_csr()
+    return as_csr(_as_scipy(x).T.tocsr())
+
+
+def _as_scipy(x: Tensor) -> sparse.csr_matrix:
     parts = (x.values().numpy(), x.col_indices().numpy(), x.crow_indices().numpy())
-    t = sparse.csr_matrix(parts, shape=x.shape).T.tocsr()
-    return as_csr(t)
+    return sparse.csr_matrix(parts, shape=x.shape)
