@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
+from coembed.nn import likelihoods
 from coembed.nn.likelihoods import (
     bernoulli,
     draw_multinomial,
@@ -88,40 +89,54 @@ def test_bernoulli_by_its_logit() -> None:
     assert ours == pytest.approx(-2.079442 - 0.133531 - 0.693147, abs=1e-5)
 
 
-def scaled(x: Tensor, logit: Tensor, log_row: Tensor, log_column: Tensor) -> Tensor:
+def scaled(
+    x: Tensor, h: Tensor, head: nn.Linear, log_row: Tensor, log_column: Tensor, weights: Tensor
+) -> Tensor:
     """The dense formula of `scaled_bernoulli`."""
-    p = logit.sigmoid() * log_row.exp().unsqueeze(-1) * log_column.exp()
-    return torch.where(x > 0, p.log(), torch.log1p(-p)).sum(-1)
+    p = head(h).sigmoid() * log_row.exp().unsqueeze(-1) * log_column.exp()
+    return (torch.where(x > 0, p.log(), torch.log1p(-p)).sum(-1) * weights).sum()
 
 
-@given(seed=st.integers(0, 2**31), density=st.floats(0, 1), csr=st.booleans())
+@given(
+    seed=st.integers(0, 2**31),
+    density=st.floats(0, 1),
+    csr=st.booleans(),
+    cached=st.sampled_from([1, 10, 1000]),
+    factor=st.sampled_from([1.0, -2.5]),
+)
 def test_scaled_bernoulli_is_the_dense_formula_in_value_and_gradient(
-    seed: int, density: float, csr: bool
+    seed: int, density: float, csr: bool, cached: int, factor: float
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
     x = 3.0 * (torch.rand(5, 7, generator=random) < density).double()
-    given_x = x.to_sparse_csr() if csr else x
-    leaves = [3 * draw(5, 7), -draw(5).abs(), -draw(7).abs()]
+    head, weights = nn.Linear(3, 7).double(), draw(5)
+    leaves = [draw(5, 3), -draw(5).abs(), -draw(7).abs()]
     for leaf in leaves:
         leaf.requires_grad_()
-    weights = draw(5)
-    values = scaled_bernoulli(given_x, *leaves), scaled(x, *leaves)
-    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-9)
-    gradients = (torch.autograd.grad((value * weights).sum(), leaves) for value in values)
-    for mine, dense in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, dense, rtol=1e-7, atol=1e-9)
+    leaves += list(head.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(likelihoods, "CACHED", cached)
+        given_x = x.to_sparse_csr() if csr else x
+        ours = scaled_bernoulli(given_x, leaves[0], head, *leaves[1:3], weights)
+    dense = scaled(x, leaves[0], head, *leaves[1:3], weights)
+    torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-9)
+    gradients = (torch.autograd.grad(factor * value, leaves) for value in (ours, dense))
+    for mine, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-7, atol=1e-9)
 
 
 def test_scaled_bernoulli_is_finite_where_the_chance_is_one_and_passes_nan_on() -> None:
-    x, one = torch.tensor([[0.0, 2.0]]), torch.zeros(1)
-    certain = torch.full((1, 2), 40.0, requires_grad=True)
-    value = scaled_bernoulli(x, certain, one, torch.zeros(2))
-    value.sum().backward()
+    x, one = torch.tensor([[0.0, 2.0]]), torch.ones(1)
+    head = nn.Linear(1, 2)
+    nn.init.constant_(head.weight, 40.0)
+    h = torch.ones(1, 1, requires_grad=True)
+    value = scaled_bernoulli(x, h, head, one - 1, torch.zeros(2), one)
+    value.backward()
     assert -20 < value.item() < -10
-    assert certain.grad is not None
-    assert certain.grad.isfinite().all()
-    assert scaled_bernoulli(x, certain * torch.nan, one, torch.zeros(2)).isnan().all()
+    assert h.grad is not None
+    assert h.grad.isfinite().all()
+    assert scaled_bernoulli(x, h * torch.nan, head, one - 1, torch.zeros(2), one).isnan()
 
 
 def test_multinomial_draws_have_their_depth_and_their_shares() -> None:

@@ -174,27 +174,26 @@ class MultiVI(Model):
         x = NegativeBinomial(r, logits=mean.log() - r.log()).sample()
         return x * torch.bernoulli((-self.net.gate(h)).sigmoid())
 
-    def log_likelihood(self, z: Tensor, batch: Batch, m: str) -> Tensor:
-        """Return log p(x_m | z) of every cell, (b,)."""
+    def reconstruction(self, z: Tensor, batch: Batch, m: str) -> Tensor:
+        """Return -log p(x_m | z), a scalar, the mean over all cells; 0 for those without m."""
         x, h, free = batch.x[m], self.decoded(z, batch.codes, m), self.net.free[m]
+        shares = batch.present[m].to(z.dtype) / -len(batch)
         if isinstance(h, ProteinMixture):
-            return h.log_likelihood(dense(x), h.background.sample(), free.exp()).sum(-1)
+            return shares @ h.log_likelihood(dense(x), h.background.sample(), free.exp()).sum(-1)
         if m == "atac":
             log_depth = self.net.depth[m](x).squeeze(-1)
-            return scaled_bernoulli(x, self.net.output[m](h), log_depth, logsigmoid(free))
+            factors = log_depth, logsigmoid(free)
+            return scaled_bernoulli(x, h, self.net.output[m], *factors, shares)
         mean = self.net.depth[m](x).exp() * softmax(self.net.output[m](h), -1)
         counts = negative_binomial_mean(x, mean, free.exp())
-        return counts.zero_inflated(self.net.gate(h)).sum()
+        return shares @ counts.zero_inflated(self.net.gate(h)).sum()
 
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Measured modalities' negative log-likelihoods, KL, distance of experts, confusion."""
         experts, present = self.experts(batch), batch.present
         posterior = average_of_experts(list(experts.values()), list(present.values()))
         z = posterior.sample()
-        terms = {
-            f"reconstruction_{m}": -(self.log_likelihood(z, batch, m) * present[m]).mean()
-            for m in experts
-        }
+        terms = {f"reconstruction_{m}": self.reconstruction(z, batch, m) for m in experts}
         terms["kl"] = posterior.kl(self.prior).mean()
         pairs = [
             experts[m].jeffreys(experts[n]) * (present[m] & present[n])

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributions import Multinomial
 from torch.nn.functional import logsigmoid, softplus
 
-from coembed.nn.sparse import Entries
+from coembed.nn.sparse import Entries, transposed
 
 EPS = 1e-8
 """Added to means and dispersions before their logarithms."""
@@ -110,54 +110,80 @@ def bernoulli(x: Tensor, logit: Tensor) -> Tensor:
     return (x * logit - softplus(logit)).sum(-1)
 
 
-def scaled_bernoulli(x: Counts, logit: Tensor, log_row: Tensor, log_column: Tensor) -> Tensor:
-    """Return the log-probability of which features are open, (b,), their chances scaled down.
+def scaled_bernoulli(
+    x: Tensor,
+    h: Tensor,
+    head: nn.Linear,
+    log_row: Tensor,
+    log_column: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """Return the weighted sum over cells of the log-probability of which features are open.
 
-    A feature is open with probability sigmoid(logit) exp(log_row + log_column).
+    A feature is open with probability sigmoid(head(h)) exp(log_row + log_column). There are so
+    many that a minibatch of logits does not fit into a cache: value and gradients are computed for
+    some features after the other, and only the gradients of the arguments are kept.
 
     Args:
-        x: the counts; open is what is not 0.
-        logit: (b, P).
+        x: (b, P) counts, dense or CSR; open is what is not 0.
+        h: (b, H), the decoder's last layer.
+        head: H to P.
         log_row: (b,) log of each cell's factor, at most 0.
         log_column: (P,) log of each feature's factor, at most 0.
+        weights: (b,) of the cells, without gradient.
     """
-    value: Tensor = _ScaledBernoulli.apply(Entries.of_counts(x), logit, log_row, log_column)
+    arguments = (x, h, head.weight, head.bias, log_row, log_column, weights)
+    value: Tensor = _ScaledBernoulli.apply(*arguments)
     return value
 
 
 class _ScaledBernoulli(torch.autograd.Function):
-    """`scaled_bernoulli`, value and gradients in one pass over the rows while they are in cache."""
-
     @staticmethod
     def forward(
-        ctx: Any, entries: Entries, logit: Tensor, log_row: Tensor, log_column: Tensor
+        ctx: Any,
+        x: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        log_row: Tensor,
+        log_column: Tensor,
+        weights: Tensor,
     ) -> Tensor:
-        # With p a chance, d log(1 - p) / d log p = -p / (1 - p), and log p by itself has slope 1.
-        slope, by_logit = torch.empty_like(logit), torch.empty_like(logit)
-        row, column = log_row.exp().unsqueeze(-1), log_column.exp()
-        value = torch.empty_like(log_row)
-        size = max(1, CACHED // logit.shape[-1])
-        for part in (slice(i, i + size) for i in range(0, len(logit), size)):
-            open_, s = torch.sigmoid(logit[part]), slope[part]
-            torch.mul(open_, column, out=s).mul_(row[part]).neg_().clamp_(min=-LARGEST)
-            value[part] = s.log1p().sum(-1)
-            s.div_(s + 1)
-            torch.mul(s, open_.neg_().add_(1), out=by_logit[part])
-        seen = entries.of(logit.detach())
-        log_p = logsigmoid(seen) + entries.of(log_row.unsqueeze(-1)) + entries.of(log_column)
-        closed = log_p.exp().neg_().clamp_(min=-LARGEST).log1p_()
-        value += entries.sum(log_p - closed)
-        slope.view(-1).index_fill_(0, entries.index, 1)
-        by_logit.view(-1).scatter_(0, entries.index, torch.sigmoid(-seen))
-        ctx.save_for_backward(slope, by_logit)
-        return value
+        by_feature = Entries(transposed(x))
+        row, column, shares = log_row.exp().unsqueeze(-1), log_column.exp(), weights.unsqueeze(-1)
+        by_h, by_row = torch.zeros_like(h), torch.zeros_like(log_row)
+        by_weight, by_bias = torch.empty_like(weight), torch.empty_like(bias)
+        by_column, value = torch.empty_like(log_column), torch.zeros_like(log_row)
+        size = max(1, CACHED // len(h))
+        starts = torch.arange(0, len(weight) + size, size, device=h.device)
+        ends = torch.searchsorted(by_feature.rows, starts).tolist()
+        for k, start in enumerate(range(0, len(weight), size)):
+            part, seen = slice(start, start + size), slice(ends[k], ends[k + 1])
+            logit = torch.addmm(bias[part], h, weight[part].t())
+            at = by_feature.columns[seen] * logit.shape[1] + by_feature.rows[seen] - start
+            log_open = logsigmoid(logit.view(-1)[at])
+            # With p a chance, d log(1 - p) / d log p = -p / (1 - p); log p itself has slope 1.
+            open_ = logit.sigmoid_()
+            slope = torch.mul(open_, column[part]).mul_(row).neg_().clamp_(min=-LARGEST)
+            log_closed = slope.log1p()
+            cells, features = by_feature.columns[seen], by_feature.rows[seen]
+            gain = log_open + log_row[cells] + log_column[features] - log_closed.view(-1)[at]
+            value += log_closed.sum(-1).index_add_(0, cells, gain)
+            slope.div_(slope + 1).view(-1).index_fill_(0, at, 1)
+            slope.mul_(shares)
+            by_column[part], by_row = slope.sum(0), by_row.add_(slope.sum(-1))
+            by_logit = slope.mul_(open_.neg_().add_(1))
+            by_h.addmm_(by_logit, weight[part])
+            torch.mm(by_logit.t(), h, out=by_weight[part])
+            by_bias[part] = by_logit.sum(0)
+        ctx.save_for_backward(by_h, by_weight, by_bias, by_row, by_column)
+        return value @ weights
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
-        slope, by_logit = ctx.saved_tensors
-        by_row = gradient * slope.sum(-1)
-        return None, by_logit * gradient.unsqueeze(-1), by_row, gradient @ slope
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        plain = float(gradient) == 1  # as in a loss that is a plain sum of its terms
+        return None, *(g if plain else g * gradient for g in ctx.saved_tensors), None
 
 
 CACHED = 2**18

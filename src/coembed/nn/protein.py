@@ -8,10 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributions import NegativeBinomial
+from torch.nn.functional import softplus
 
 from coembed.nn.layers import ConditionalMLP, Layer, Norm
 from coembed.nn.likelihoods import EPS, log_choose, mixture
 from coembed.nn.posteriors import Gaussian
+
+
+def log_softplus(h: Tensor) -> Tensor:
+    """Return the log of softplus(h) + 1e-8: a head to the log of a standard deviation."""
+    return (softplus(h) + EPS).log()
 
 
 class SkipDecoder(nn.Module):

@@ -142,11 +142,14 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, _transposed(ctx.x) @ gradient
+        return None, transposed(ctx.x) @ gradient
 
 
-def _transposed(x: Tensor) -> Tensor:
-    """Return x (CSR) transposed, in CSR: on the CPU scipy is several times faster than torch."""
+def transposed(x: Tensor) -> Tensor:
+    """Return a dense or CSR tensor transposed, of the same layout."""
+    if x.layout != torch.sparse_csr:
+        return x.t()
+    # On the CPU scipy is several times as fast as torch.
     if x.device.type != "cpu":
         return x.transpose(0, 1).to_sparse_csr()
     return as_csr(_as_scipy(x).T.tocsr())
