@@ -129,7 +129,7 @@ def test_encoder_sees_counts_over_their_mean_in_the_newer_equations() -> None:
 def test_what_is_masked_does_not_matter(no_noise: None) -> None:
     """Section 10.4, and the same for a cell without genes."""
     model, batch = built(n_batches=2), batch_of(6, 2)
-    model.net.measured_prot[0, 1] = 0
+    model.net.measured.prot[0, 1] = 0
     before = model.loss(batch, Clock(0, 1))
     with torch.no_grad():
         model.net.prior.mean[0, 1] = 5
@@ -139,7 +139,7 @@ def test_what_is_masked_does_not_matter(no_noise: None) -> None:
             model.net.free["log_phi"][1] += 0.1
     after = model.loss(batch, Clock(0, 1))
     assert after["reconstruction_prot"] != before["reconstruction_prot"], "batch 1 measured it"
-    model.net.measured_prot[:, 1] = 0
+    model.net.measured.prot[:, 1] = 0
     masked = model.loss(batch, Clock(0, 1))
     with torch.no_grad():
         model.net.proteins.background.heads[0].bias[1] += 0.7
@@ -162,7 +162,7 @@ def test_decoding_leaves_the_background_out(no_noise: None) -> None:
     foreground = p.background.mean.exp() * p.fold * (1 - p.logit.sigmoid())
     torch.testing.assert_close(model.decode(z, codes, "prot"), foreground)
     torch.testing.assert_close(model.decode(z, codes, "rna"), model.shares(z, codes))
-    model.net.measured_prot[1] = 0
+    model.net.measured.prot[1] = 0
     average = torch.tensor([0, -1, 0, -1, -1])
     torch.testing.assert_close(
         model.decode(z, codes, "prot"), model.decode(z, average, "prot"),
@@ -292,7 +292,7 @@ def test_a_classifier_where_batches_differ_in_what_they_measured() -> None:
         assert (classifier.lr, classifier.eps) == (1e-3, 0.01)
         shared = {id(p) for p in elbo.parameters} & {id(p) for p in classifier.parameters}
         assert not shared
-        assert model.net.measured_prot[1].all()
+        assert model.net.measured.prot[1].all()
     one = easy_cells("cite", 90, n_batches=1)
     _, (stage,) = plan(without(one, "prot", first))
     assert len(stage.players) == 1, "one batch has no other"
@@ -318,7 +318,7 @@ def test_a_batch_without_a_modality_is_embedded_and_imputed(role: str, tmp_path:
     assert (means[0] > 1.5 * means[1]).mean() > 0.9
     model.save(tmp_path / "model")
     loaded = TotalVI.load(tmp_path / "model", model.cells)
-    assert torch.equal(loaded.net.measured_prot, model.net.measured_prot)
+    assert torch.equal(loaded.net.measured.prot, model.net.measured.prot)
     np.testing.assert_array_equal(loaded.impute(role), predicted)
 
 

@@ -84,10 +84,10 @@ def computed(
     model.n_features = {"rna": GENES, "prot": PROTEINS}
     model._build()
     missing, unknown = model.net.to(dtype).load_state_dict(renamed(want, "weight"), strict=False)
-    assert (missing, unknown) == (["measured_rna", "measured_prot"], [])
+    assert (missing, unknown) == (["measured.rna", "measured.prot"], [])
     if masked:
         for b in range(n_batches):
-            model.net.measured_prot[b] = (y[codes == b] > 0).any(0).to(dtype)
+            model.net.measured.prot[b] = (y[codes == b] > 0).any(0).to(dtype)
     roles = {"rna": x, "prot": y}
     everywhere = {m: torch.ones(n, dtype=torch.bool) for m in roles}
     batch = Batch(roles, everywhere, dict.fromkeys(roles, codes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from coembed.nn.layers import ConditionalMLP, batch_one_hot, mlp
+from coembed.nn.layers import ConditionalMLP, Dropout, batch_one_hot, mlp
 
 
 def test_one_hot_of_batches() -> None:
@@ -35,7 +35,7 @@ def test_without_a_condition_it_is_an_mlp() -> None:
         nn.Linear,
         nn.LayerNorm,
         nn.LeakyReLU,
-        nn.Dropout,
+        Dropout,
     ]
 
 

@@ -14,7 +14,7 @@ from coembed.nn.adversary import (
     generator_loss,
     reverse_gradient,
 )
-from coembed.nn.layers import mlp
+from coembed.nn.layers import Dropout, mlp
 
 
 def names(net: nn.Sequential) -> list[str]:
@@ -75,3 +75,21 @@ def test_reversed_gradients_are_the_negative_ones() -> None:
     (plain,) = torch.autograd.grad(x.pow(3).sum(), x)
     (reversed_,) = torch.autograd.grad(reverse_gradient(x).pow(3).sum(), x)
     assert torch.equal(reversed_, -plain)
+
+
+def test_dropout_drops_its_share_scales_the_rest_and_rests_in_evaluation() -> None:
+    layer, x = Dropout(0.2), torch.ones(201, 499, requires_grad=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dropped = layer(x)
+        again = layer(x)
+    share = (dropped == 0).float()
+    assert share.mean().item() == pytest.approx(0.2, abs=0.005)
+    assert share.mean(0).std().item() == pytest.approx((0.16 / 201) ** 0.5, rel=0.15)
+    torch.testing.assert_close(dropped[dropped > 0], torch.full_like(dropped[dropped > 0], 1.25))
+    agreement = ((dropped == 0) == (again == 0)).float().mean().item()
+    assert agreement == pytest.approx(0.68, abs=0.01), "every call draws anew"
+    (gradient,) = torch.autograd.grad(dropped.sum(), x)
+    torch.testing.assert_close(gradient, dropped.detach())
+    assert layer.eval()(x) is x
+    assert layer.train()(x[:0]).shape == (0, 499)

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
+from coembed.nn import likelihoods
 from coembed.nn.likelihoods import (
     bernoulli,
     draw_multinomial,
@@ -20,7 +21,7 @@ from coembed.nn.likelihoods import (
     mixture,
     negative_binomial_mean,
     poisson,
-    zero_inflated,
+    scaled_bernoulli,
 )
 
 counts = st.integers(0, 200)
@@ -33,7 +34,7 @@ def double(*values: float) -> list[Tensor]:
 
 @given(x=counts, mean=positive, dispersion=positive)
 def test_negative_binomial_by_its_mean_equals_scipy(x: int, mean: float, dispersion: float) -> None:
-    ours = negative_binomial_mean(*double(x, mean, dispersion)).item()
+    ours = negative_binomial_mean(*double(x, mean, dispersion)).dense().item()
     theirs = stats.nbinom.logpmf(x, dispersion, dispersion / (dispersion + mean))
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
@@ -41,14 +42,16 @@ def test_negative_binomial_by_its_mean_equals_scipy(x: int, mean: float, dispers
 def test_numbers_of_totalvi() -> None:
     """totalvi.md 10.1."""
     x, mean, theta = double(3, 2, 1.5)
-    assert negative_binomial_mean(x, mean, theta).item() == pytest.approx(-2.167035, abs=1e-6)
+    assert negative_binomial_mean(x, mean, theta).dense().item() == pytest.approx(
+        -2.167035, abs=1e-6
+    )
     zero, gate = torch.zeros_like(x), torch.zeros_like(x)
-    at_zero = zero_inflated(zero, negative_binomial_mean(zero, mean, theta), gate)
+    at_zero = negative_binomial_mean(zero, mean, theta).zero_inflated(gate).dense()
     assert at_zero.item() == pytest.approx(-0.445845, abs=1e-6)
-    at_three = zero_inflated(x, negative_binomial_mean(x, mean, theta), gate)
+    at_three = negative_binomial_mean(x, mean, theta).zero_inflated(gate).dense()
     assert at_three.item() == pytest.approx(-2.860182, abs=1e-6)
     y, back, fore, phi, logit = double(10, 2, 12, 3, 1)
-    parts = [negative_binomial_mean(y, mu, phi) for mu in (back, fore)]
+    parts = [negative_binomial_mean(y, mu, phi).dense() for mu in (back, fore)]
     assert mixture(*parts, logit).item() == pytest.approx(-4.114136, abs=2e-6)
     exact = [stats.nbinom.logpmf(10, 3, 3 / (3 + mu)) for mu in (2, 12)]
     p = 1 / (1 + np.exp(-1))  # the sheet's last digit is float32's
@@ -61,16 +64,16 @@ def test_numbers_of_scmvp() -> None:
     x = torch.arange(3, dtype=torch.float64)
     half, one, zero = torch.full_like(x, 0.5), torch.ones_like(x), torch.zeros_like(x)
     np.testing.assert_allclose(
-        zero_inflated(x, poisson(x, half), zero), [-0.219070, -1.886294, -3.272589], atol=1e-6
+        poisson(x, half).zero_inflated(zero).dense(), [-0.219070, -1.886294, -3.272589], atol=1e-6
     )
     np.testing.assert_allclose(
-        negative_binomial_mean(x, half, one), [-0.405465, -1.504077, -2.602690], atol=1e-6
+        negative_binomial_mean(x, half, one).dense(), [-0.405465, -1.504077, -2.602690], atol=1e-6
     )
 
 
 @given(x=counts, mean=positive)
 def test_poisson_equals_scipy(x: int, mean: float) -> None:
-    ours = poisson(*double(x, mean)).item()
+    ours = poisson(*double(x, mean)).dense().item()
     assert ours == pytest.approx(stats.poisson.logpmf(x, mean), rel=1e-7, abs=1e-9)
 
 
@@ -84,18 +87,60 @@ def test_a_mixture_of_equals_is_itself_and_its_ends_are_its_parts(
     assert min(a, b) - 1e-9 <= mixture(first, second, weight).item() <= max(a, b) + 1e-9
 
 
-def test_bernoulli_is_bounded() -> None:
-    x, p = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.125, 0.125, 0.0])
-    np.testing.assert_allclose(bernoulli(x, p), [-2.079442, -0.133531, -100.0], atol=1e-6)
+def test_bernoulli_by_its_logit() -> None:
+    x, p = torch.tensor([[1.0, 0.0, 0.25]]), torch.tensor([[0.125, 0.125, 0.5]])
+    ours = bernoulli(x, p.logit()).item()
+    assert ours == pytest.approx(-2.079442 - 0.133531 - 0.693147, abs=1e-5)
 
 
-def test_bernoulli_passes_nan_on() -> None:
-    p = torch.tensor([0.5, torch.nan], requires_grad=True)
-    log_prob = bernoulli(torch.ones(2), p)
-    assert log_prob[0].item() == pytest.approx(-np.log(2), rel=1e-6)
-    assert log_prob[1].isnan()
-    (gradient,) = torch.autograd.grad(log_prob[0], p)
-    assert gradient.tolist() == [2.0, 0.0]
+def scaled(
+    x: Tensor, h: Tensor, head: nn.Linear, log_row: Tensor, log_column: Tensor, weights: Tensor
+) -> Tensor:
+    """The dense formula of `scaled_bernoulli`."""
+    p = head(h).sigmoid() * log_row.exp().unsqueeze(-1) * log_column.exp()
+    return (torch.where(x > 0, p.log(), torch.log1p(-p)).sum(-1) * weights).sum()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    density=st.floats(0, 1),
+    csr=st.booleans(),
+    cached=st.sampled_from([1, 10, 1000]),
+    factor=st.sampled_from([1.0, -2.5]),
+)
+def test_scaled_bernoulli_is_the_dense_formula_in_value_and_gradient(
+    seed: int, density: float, csr: bool, cached: int, factor: float
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
+    x = 3.0 * (torch.rand(5, 7, generator=random) < density).double()
+    head, weights = nn.Linear(3, 7).double(), draw(5)
+    leaves = [draw(5, 3), -draw(5).abs(), -draw(7).abs()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    leaves += list(head.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(likelihoods, "CACHED", cached)
+        given_x = x.to_sparse_csr() if csr else x
+        ours = scaled_bernoulli(given_x, leaves[0], head, *leaves[1:3], weights)
+    dense = scaled(x, leaves[0], head, *leaves[1:3], weights)
+    torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-9)
+    gradients = (torch.autograd.grad(factor * value, leaves) for value in (ours, dense))
+    for mine, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-7, atol=1e-9)
+
+
+def test_scaled_bernoulli_is_finite_where_the_chance_is_one_and_passes_nan_on() -> None:
+    x, one = torch.tensor([[0.0, 2.0]]), torch.ones(1)
+    head = nn.Linear(1, 2)
+    nn.init.constant_(head.weight, 40.0)
+    h = torch.ones(1, 1, requires_grad=True)
+    value = scaled_bernoulli(x, h, head, one - 1, torch.zeros(2), one)
+    value.backward()
+    assert -20 < value.item() < -10
+    assert h.grad is not None
+    assert h.grad.isfinite().all()
+    assert scaled_bernoulli(x, h * torch.nan, head, one - 1, torch.zeros(2), one).isnan()
 
 
 def test_multinomial_draws_have_their_depth_and_their_shares() -> None:

@@ -21,7 +21,7 @@ class Batch:
     """One minibatch on the device; every field maps an input's name to its tensor.
 
     Attributes:
-        x: (b, n_features) float32.
+        x: (b, n_features) float32, dense or, of `Inputs` that allow it, CSR.
         present: (b,) bool, whether the modality measured the cell.
         batch: (b,) int64, code of the technical batch; -1 where the model never saw it.
     """
@@ -42,19 +42,26 @@ class Batch:
 class Inputs:
     """The views of a set of cells, ready to be gathered row by row.
 
-    Sparse views stay sparse; only the rows of a minibatch are made dense.
+    Sparse views stay sparse; only the rows of a minibatch are made dense, if that.
 
     Args:
         blocks: input name -> view, all over the same cells.
         batch: (n_cells,) int codes of the technical batch.
         device: where minibatches go.
+        sparse: whether the minibatches of sparse views stay CSR.
     """
 
     def __init__(
-        self, blocks: Mapping[str, Block], batch: np.ndarray, device: torch.device
+        self,
+        blocks: Mapping[str, Block],
+        batch: np.ndarray,
+        device: torch.device,
+        *,
+        sparse: bool = False,
     ) -> None:
         self.blocks, self.batch, self.device = blocks, batch, device
         self.n_cells = len(batch)
+        self.sparse = sparse and device.type in ("cpu", "cuda")
 
     @property
     def present(self) -> dict[str, np.ndarray]:
@@ -87,16 +94,20 @@ class Inputs:
             )
             for name in names
         }
-        return Inputs(blocks, self.batch[rows], self.device)
+        return Inputs(blocks, self.batch[rows], self.device, sparse=self.sparse)
 
     def gather(self, draw: Draw) -> Batch:
         """Return the minibatch of `draw` on the device."""
         x, present, batch = {}, {}, {}
         for name, rows in draw.items():
             block = self.blocks[name]
-            values = block.x[rows]
-            dense = values.toarray() if isinstance(values, sparse.csr_matrix) else values
-            x[name] = self._send(dense.astype(np.float32, copy=False))
+            values = block.x[rows].astype(np.float32, copy=False)
+            if not isinstance(values, sparse.csr_matrix):
+                x[name] = self._send(values)
+            elif self.sparse:
+                x[name] = as_csr(values).to(self.device)
+            else:
+                x[name] = self._send(values.toarray())
             present[name] = self._send(block.present[rows])
             batch[name] = self._send(self.batch[rows])
         return Batch(x, present, batch)
@@ -136,6 +147,12 @@ class Sampler(Protocol):
     def epoch(self, rng: np.random.Generator) -> Iterator[Draw]:
         """Yield the draws of one epoch."""
         ...
+
+
+def as_csr(x: sparse.csr_matrix) -> torch.Tensor:
+    """Return a scipy CSR matrix as a torch one; they share memory."""
+    rows, columns, values = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
+    return torch.sparse_csr_tensor(rows, columns, values, x.shape, check_invariants=False)
 
 
 class Shuffled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from coembed.nn.fusion import product_of_experts
 from coembed.nn.layers import mlp
 from coembed.nn.likelihoods import draw_multinomial, multinomial
 from coembed.nn.posteriors import Gaussian
+from coembed.nn.sparse import Linear
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
 HIDDEN = (128, 64)
@@ -43,6 +44,7 @@ class Cobolt(Model):
     """
 
     card = Card.read("cobolt")
+    takes_sparse = True
 
     class Params(TrainingParams):
         """Hyper-parameters of Cobolt."""
@@ -69,9 +71,8 @@ class Cobolt(Model):
         """Encoder trunk and heads; loadings B; intercept b and slope s of every batch."""
         k, n_batches, widths = self.params.n_latent, len(self.batches), self.n_features.items()
         xavier = nn.init.xavier_uniform_
-        net.trunk = nn.ModuleDict(
-            {m: mlp((p, *HIDDEN), norm=nn.BatchNorm1d, activation=nn.LeakyReLU) for m, p in widths}
-        )
+        style: Any = {"norm": nn.BatchNorm1d, "activation": nn.LeakyReLU}
+        net.trunk = nn.ModuleDict({m: mlp((p, *HIDDEN), first=Linear, **style) for m, p in widths})
         net.mean = nn.ModuleDict({m: nn.Linear(HIDDEN[-1], k) for m, _ in widths})
         net.log_var = nn.ModuleDict({m: nn.Linear(HIDDEN[-1], k) for m, _ in widths})
         net.loadings = nn.ParameterDict({m: xavier(torch.empty(k, p)) for m, p in widths})
@@ -113,7 +114,7 @@ class Cobolt(Model):
         posterior = self.posterior(batch)
         z = posterior.sample()
         terms = {
-            f"reconstruction_{m}": -multinomial(x, self.logits(z, batch.batch[m], m)).sum(-1).mean()
+            f"reconstruction_{m}": -multinomial(x, self.logits(z, batch.batch[m], m)).mean()
             for m, x in batch.x.items()
         }
         return {**terms, "kl": posterior.kl(self.prior).mean()}

@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.distributions import NegativeBinomial
-from torch.nn.functional import softmax
+from torch.nn.functional import logsigmoid, softmax
 
 from coembed.data.minibatches import Batch, Inputs, Shuffled
 from coembed.data.pipeline import Pipeline
@@ -24,9 +23,10 @@ from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams
 from coembed.nn.adversary import confusion_loss
 from coembed.nn.fusion import average_of_experts
 from coembed.nn.layers import ConditionalMLP, batch_one_hot, mlp
-from coembed.nn.likelihoods import bernoulli, negative_binomial_mean, zero_inflated
+from coembed.nn.likelihoods import draw_negative_binomial, negative_binomial_mean, scaled_bernoulli
 from coembed.nn.posteriors import Gaussian
 from coembed.nn.protein import ProteinDecoder, ProteinMixture
+from coembed.nn.sparse import Linear, dense
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
 DROPOUT = 0.1
@@ -54,6 +54,7 @@ class MultiVI(Model):
     """
 
     card = Card.read("multivi")
+    takes_sparse = True
 
     class Params(TrainingParams):
         """Hyper-parameters of MultiVI."""
@@ -111,7 +112,7 @@ class MultiVI(Model):
             setattr(net, part, nn.ModuleDict())
         net.free = nn.ParameterDict()
         for m, width in self.n_features.items():
-            net.encoder[m] = mlp((width, h, h), dropout=DROPOUT, **leaky)
+            net.encoder[m] = mlp((width, h, h), first=Linear, dropout=DROPOUT, **leaky)
             net.mean[m], net.log_var[m] = nn.Linear(h, k), nn.Linear(h, k)
             if m == "prot":
                 net.decoder[m] = ProteinDecoder(
@@ -121,9 +122,9 @@ class MultiVI(Model):
                 continue
             rna = m == "rna"
             net.depth[m] = nn.Sequential(
-                mlp((width, h, h), **leaky),
+                mlp((width, h, h), first=Linear, **leaky),
                 nn.Linear(h, 1),
-                nn.LeakyReLU() if rna else nn.Sigmoid(),
+                nn.LeakyReLU() if rna else nn.LogSigmoid(),  # both are logarithms
             )
             net.decoder[m] = ConditionalMLP(
                 (k, h, h), condition, deep=False, norm=norm,
@@ -168,31 +169,30 @@ class MultiVI(Model):
             p = self.open(h) * self.net.free[role].sigmoid()
             return torch.bernoulli(p * (depth / p.sum(-1)).clamp_max(1).unsqueeze(-1))
         mean = depth.unsqueeze(-1) * softmax(self.net.output[role](h), -1)
-        r = self.net.free[role].exp().expand_as(mean)
-        x = NegativeBinomial(r, logits=mean.log() - r.log()).sample()
+        log_r = self.net.free[role]
+        x = draw_negative_binomial(log_r.exp(), mean.log() - log_r)
         return x * torch.bernoulli((-self.net.gate(h)).sigmoid())
 
-    def log_likelihood(self, z: Tensor, batch: Batch, m: str) -> Tensor:
-        """Return log p(x_m | z) of every cell, (b,)."""
+    def reconstruction(self, z: Tensor, batch: Batch, m: str) -> Tensor:
+        """Return -log p(x_m | z), a scalar, the mean over all cells; 0 for those without m."""
         x, h, free = batch.x[m], self.decoded(z, batch.codes, m), self.net.free[m]
+        shares = batch.present[m].to(z.dtype) / -len(batch)
         if isinstance(h, ProteinMixture):
-            return h.log_likelihood(x, h.background.sample(), free.exp()).sum(-1)
+            return shares @ h.log_likelihood(dense(x), h.background.sample(), free.exp()).sum(-1)
         if m == "atac":
-            p = self.open(h) * self.net.depth[m](x) * free.sigmoid()
-            return bernoulli((x > 0).to(p.dtype), p).sum(-1)
+            log_depth = self.net.depth[m](x).squeeze(-1)
+            factors = log_depth, logsigmoid(free)
+            return scaled_bernoulli(x, h, self.net.output[m], *factors, shares)
         mean = self.net.depth[m](x).exp() * softmax(self.net.output[m](h), -1)
-        log_prob = negative_binomial_mean(x, mean, free.exp())
-        return zero_inflated(x, log_prob, self.net.gate(h)).sum(-1)
+        counts = negative_binomial_mean(x, mean, free.exp())
+        return shares @ counts.zero_inflated(self.net.gate(h)).sum()
 
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Measured modalities' negative log-likelihoods, KL, distance of experts, confusion."""
         experts, present = self.experts(batch), batch.present
         posterior = average_of_experts(list(experts.values()), list(present.values()))
         z = posterior.sample()
-        terms = {
-            f"reconstruction_{m}": -(self.log_likelihood(z, batch, m) * present[m]).mean()
-            for m in experts
-        }
+        terms = {f"reconstruction_{m}": self.reconstruction(z, batch, m) for m in experts}
         terms["kl"] = posterior.kl(self.prior).mean()
         pairs = [
             experts[m].jeffreys(experts[n]) * (present[m] & present[n])

@@ -96,23 +96,24 @@ class SCALEX(Model):
         h = torch.relu(self.net.norm(self.net.hidden(batch.x["joint"]), one_domain))
         return Gaussian(self.net.mean(h), self.net.log_var(h))
 
-    def levels(self, z: Tensor, codes: Tensor) -> Tensor:
-        """Return the levels of all features, (b, D), each as a share of its maximum."""
+    def logits(self, z: Tensor, codes: Tensor) -> Tensor:
+        """Return the logits of all levels, (b, D); a level is a share of the feature's maximum."""
         if self.params.no_batch:
             codes = torch.zeros_like(codes)
-        return torch.sigmoid(self.net.domains(self.net.decoder(z), codes))
+        logits: Tensor = self.net.domains(self.net.decoder(z), codes)
+        return logits
 
     def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
         """Return the levels of the features of `role`."""
         widths = [len(self.decoded_features[m]) for m in self.roles]
-        return self.levels(z, codes).split(widths, dim=-1)[self.roles.index(role)]
+        return self.logits(z, codes).split(widths, dim=-1)[self.roles.index(role)].sigmoid()
 
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Cross-entropy summed over features, and the KL to the prior."""
         posterior = self.posterior(batch)
-        levels = self.levels(posterior.sample(), batch.codes)
+        logits = self.logits(posterior.sample(), batch.codes)
         return {
-            "reconstruction": -bernoulli(batch.x["joint"], levels).sum(-1).mean(),
+            "reconstruction": -bernoulli(batch.x["joint"], logits).mean(),
             "kl": posterior.kl(self.prior).mean(),
         }
 

@@ -20,6 +20,7 @@ from coembed.nn.counts import NegativeBinomialCounts, depth_of
 from coembed.nn.fusion import mean_of_experts
 from coembed.nn.layers import mlp
 from coembed.nn.posteriors import Laplace
+from coembed.nn.sparse import Linear, scale_rows
 from coembed.train.stage import Clock, Player, Stage, WarmUp
 
 BOUND = 12.0
@@ -49,6 +50,7 @@ class ScMM(Model):
     """
 
     card = Card.read("scmm")
+    takes_sparse = True
 
     class Params(TrainingParams):
         """Hyper-parameters of scMM."""
@@ -88,7 +90,7 @@ class ScMM(Model):
         for m, width in self.n_features.items():
             h = p.hidden_rna if m == "rna" else p.hidden_other
             hidden = (h,) * p.n_layers
-            net.encoder[m] = mlp((width, *hidden), norm=nn.BatchNorm1d)
+            net.encoder[m] = mlp((width, *hidden), first=Linear, norm=nn.BatchNorm1d)
             net.location[m], net.scale[m] = nn.Linear(h, latent), nn.Linear(h, latent)
             net.decoder[m] = mlp((latent, *hidden), norm=nn.BatchNorm1d)
             net.log_r[m], net.logit_p[m] = nn.Linear(h, width), nn.Linear(h, width)
@@ -105,7 +107,7 @@ class ScMM(Model):
         """Return the posterior of every modality in the minibatch on its own."""
         experts = {}
         for m, x in batch.x.items():
-            h = self.net.encoder[m](x / depth_of(x).unsqueeze(-1) * DEPTH)
+            h = self.net.encoder[m](scale_rows(x, DEPTH / depth_of(x)))
             weights = softmax(self.net.scale[m](h).clamp(-BOUND, BOUND), -1)
             experts[m] = Laplace(self.net.location[m](h), self.params.n_latent * weights + 1e-6)
         return experts
@@ -134,7 +136,7 @@ class ScMM(Model):
     def log_likelihood(self, z: Tensor, batch: Batch, m: str) -> Tensor:
         """Return log p(x_m | z), (b,)."""
         x = batch.x[m]
-        return self.counts_of(z, depth_of(x), m).log_likelihood(x).sum(-1)
+        return self.counts_of(z, depth_of(x), m).log_likelihood(x)
 
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Every expert decodes every modality; terms are averaged over experts."""

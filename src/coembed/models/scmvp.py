@@ -50,6 +50,7 @@ class ScMVP(MixturePrior):
     """
 
     card = Card.read("scmvp")
+    takes_sparse = True
 
     class Params(TrainingParams):
         """Hyper-parameters of scMVP; numbers of faults are sections of the sheet."""

@@ -69,6 +69,7 @@ class System:
 
     card: ClassVar[Card]
     Params: ClassVar[type[HyperParams]] = HyperParams
+    takes_sparse: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Callable[[Facts], dict[str, Any]]]] = {}
     views: Pipeline
 
@@ -269,7 +270,7 @@ class System:
 
     def _inputs(self, blocks: Mapping[str, Block], cells: Cells) -> Inputs:
         codes = pd.Categorical(cells.batch, categories=self.batches).codes.astype(np.int64)
-        return Inputs(blocks, codes, self.device)
+        return Inputs(blocks, codes, self.device, sparse=self.takes_sparse)
 
     def cells_of(self, data: Any) -> Cells:
         """Return `data` as checked cells for this model; None is the training cells.

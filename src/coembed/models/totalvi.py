@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.distributions import NegativeBinomial
 from torch.nn.functional import softmax, softplus
 
 from coembed.data.minibatches import Batch, Inputs, Shuffled
@@ -21,12 +20,14 @@ from coembed.data.views import counts
 from coembed.models.background import BackgroundPrior
 from coembed.models.base import Card, Model, Networks
 from coembed.models.confusion import batch_classifier, classifier_player
+from coembed.models.measured import Measured
 from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams, param
 from coembed.nn.adversary import confusion_loss
 from coembed.nn.layers import ConditionalMLP, batch_one_hot
-from coembed.nn.likelihoods import EPS, negative_binomial_mean
+from coembed.nn.likelihoods import EPS, draw_negative_binomial, negative_binomial_mean
 from coembed.nn.posteriors import Gaussian
-from coembed.nn.protein import ProteinDecoder, ProteinMixture, SkipDecoder
+from coembed.nn.protein import ProteinDecoder, ProteinMixture, SkipDecoder, log_softplus
+from coembed.nn.sparse import dense, row_sums, scale_rows
 from coembed.train.stage import Clock, CoolDown, Plateau, Player, Stage, WarmUp
 
 PULL = 1e-3
@@ -55,6 +56,7 @@ class TotalVI(Model):
     """
 
     card = Card.read("totalvi")
+    takes_sparse = True
 
     class Params(TrainingParams):
         """Hyper-parameters of totalVI."""
@@ -68,7 +70,7 @@ class TotalVI(Model):
         learning_rate: float = param(4e-3, "Adam's learning rate", "original code", gt=0)
         batch_size: int = param(256, "cells in a minibatch", "original code", ge=2)
         max_epochs: int = param(100, "passes over the cells", "ours; original 400", ge=1)
-        min_steps: int = param(800, MIN_STEPS, "original: of 400 epochs of 500 cells", ge=0)
+        min_steps: int = param(1400, MIN_STEPS, "ours: CITE pilots of 480-1,280 cells", ge=0)
         validation_fraction: float = param(0.0, VALIDATION, "ours; original 0.1", ge=0, lt=1)
         patience: int = param(45, "epochs without improvement before the end", "paper", ge=1)
         warm_up: float = param(0.53, WARM_UP, "original: 0.75 n of 1.4 n steps", ge=0, le=1)
@@ -111,8 +113,7 @@ class TotalVI(Model):
             free["log_efficiency"] = torch.zeros(n_batches, proteins)
         net.free = nn.ParameterDict(free)
         net.prior = BackgroundPrior(n_batches, proteins, at_random=not self.newer)
-        for m in self.roles:
-            net.register_buffer(f"measured_{m}", torch.ones(n_batches, self.n_features[m]))
+        net.measured = Measured(n_batches, self.n_features)
 
     def counts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return x, with `protein_in_genes` also y in it, and y; zeros for what is not given."""
@@ -120,7 +121,14 @@ class TotalVI(Model):
             batch.x[m] if m in batch.x else torch.zeros(len(batch), n, device=self.device)
             for m, n in self.n_features.items()
         )
-        return (torch.cat([x, y], -1) if self.params.protein_in_genes else x), y
+        y = dense(y)
+        return (torch.cat([dense(x), y], -1) if self.params.protein_in_genes else x), y
+
+    def view(self, counts: Tensor) -> Tensor:
+        """Return what the encoder sees of counts, dense."""
+        if self.newer:
+            counts = scale_rows(counts, 1 / (1 + row_sums(counts) / counts.shape[-1]))
+        return dense(torch.log1p(counts))
 
     def condition(self, codes: Tensor) -> Tensor:
         """Return the one-hot of the batch that encoder and decoders see."""
@@ -128,11 +136,8 @@ class TotalVI(Model):
 
     def posterior(self, batch: Batch) -> Gaussian:
         """Return q(z | x, y, s)."""
-        views = [
-            torch.log1p(c / (1 + c.mean(-1, keepdim=True)) if self.newer else c)
-            for c in self.counts(batch)
-        ]
-        h = self.net.encoder(torch.cat(views, -1), self.condition(batch.codes))
+        views = torch.cat([self.view(counts) for counts in self.counts(batch)], -1)
+        h = self.net.encoder(views, self.condition(batch.codes))
         return Gaussian(self.net.mean(h), (self.net.log_var(h).exp() + 1e-4).log())
 
     def shares(self, z: Tensor, codes: Tensor) -> Tensor:
@@ -152,21 +157,16 @@ class TotalVI(Model):
         table = self.net.free["log_efficiency"]
         return torch.cat([table, table.mean(0, keepdim=True)])[codes]  # -1, a new batch: the mean
 
-    def decodable(self, codes: Tensor, role: str) -> Tensor:
-        """Return the codes with -1, the average batch, for a batch that did not measure `role`."""
-        measured = self.net.get_buffer(f"measured_{role}").any(-1)
-        return torch.where(measured[codes], codes, -1)
-
     def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
         """Return rho, or the proteins' mean count without background, (1 - pi) alpha beta."""
-        codes = self.decodable(codes, role)
+        codes = self.net.measured.or_average(role, codes)
         if role == "prot":
             return self.proteins(z, codes).foreground_mean()
         return self.shares(z, codes)[:, : self.n_features["rna"]]
 
     def draw(self, z: Tensor, codes: Tensor, role: str, depth: Tensor) -> Tensor:
         """Return negative binomial genes at a depth, or proteins from the mixture."""
-        codes = self.decodable(codes, role)
+        codes = self.net.measured.or_average(role, codes)
         if role == "prot":
             mixture = self.proteins(z, codes)
             mean, log_var = mixture.background
@@ -174,7 +174,7 @@ class TotalVI(Model):
             return mixture._replace(background=background).draw(self.net.free["log_phi"].exp())
         log_mean = torch.log(depth.unsqueeze(-1) * self.shares(z, codes) + EPS)
         log_theta = self.net.free["log_theta"]
-        counts = NegativeBinomial(log_theta.exp(), logits=log_mean - log_theta).sample()
+        counts = draw_negative_binomial(log_theta.exp(), log_mean - log_theta)
         return counts[:, : self.n_features["rna"]]
 
     @torch.no_grad()
@@ -182,22 +182,22 @@ class TotalVI(Model):
         """Return the probability 1 - pi that a count is foreground, (n_cells, P) float32."""
         inputs = self.inputs_of(data, None)
         z = torch.from_numpy(self.latent(inputs)).to(self.device)
-        codes = self.decodable(torch.from_numpy(inputs.batch).to(self.device), "prot")
+        codes = self.net.measured.or_average("prot", torch.from_numpy(inputs.batch).to(self.device))
         return torch.sigmoid(-self.proteins(z, codes).logit).cpu().numpy()
 
     def loss(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """The terms of the sheet's section 6, each summed over features and masked."""
         (x, y), codes, free = self.counts(batch), batch.codes, self.net.free
-        seen = self.net.measured_prot[codes] * batch.present["prot"].unsqueeze(-1)
+        seen = self.net.measured.of("prot", codes) * batch.present["prot"].unsqueeze(-1)
         q = self.posterior(batch)
         z = q.sample()
-        mean = x.sum(-1, keepdim=True) * self.shares(z, codes)
+        mean = row_sums(x).unsqueeze(-1) * self.shares(z, codes)
         genes = negative_binomial_mean(x, mean, free["log_theta"].exp())
         mixture, log_efficiency = self.proteins(z, codes), self.log_efficiency(codes)
         level = mixture.background.sample() + log_efficiency
         proteins = mixture.log_likelihood(y, level, free["log_phi"].exp())
         terms = {
-            "reconstruction_rna": -genes.sum(-1) * batch.present["rna"],
+            "reconstruction_rna": -genes.sum() * batch.present["rna"],
             "reconstruction_prot": -(proteins * seen).sum(-1),
             "kl": q.kl(self.prior),
             "kl_background": (self.net.prior.kl(mixture.background, codes) * seen).sum(-1),
@@ -224,28 +224,14 @@ class TotalVI(Model):
         decay: Any = {"eps": 0.01, "weight_decay": 1e-6}
         model = list(net.children())
         players = [Player("elbo", model, self.loss, weights, lr=p.learning_rate, **decay)]
-        if self.note_measured(inputs, rows) and not net.frozen:
+        if net.measured.note(inputs, rows) and not net.frozen:
             net.classifier = batch_classifier(p.n_latent, len(self.batches)).to(self.device)
             players.append(classifier_player(self, weight_decay=decay["weight_decay"]))
         begin = partial(net.prior.estimate, inputs, rows)
         stage = self.one_stage(sampler, held_back, *players, begin=begin)
         return [replace(stage, plateau=Plateau(factor=0.6, patience=30))]
 
-    def note_measured(self, inputs: Inputs, rows: np.ndarray) -> bool:
-        """Keep which features have counts in which batch; say whether batches differ in it."""
-        found = {m: inputs.counted(m, rows, len(self.batches)) for m in self.roles}
-        for m, table in found.items():
-            self.net.get_buffer(f"measured_{m}").copy_(torch.from_numpy(table))
-        # A gene can be silent in a batch; only a batch without any gene did not measure them.
-        measured = np.column_stack([found["prot"], found["rna"].any(axis=1)])
-        return bool((measured != measured[:1]).any())
-
     def finish(self, inputs: Inputs) -> None:
         """Drop the classifier: it serves the training alone."""
         if hasattr(self.net, "classifier"):
             del self.net.classifier
-
-
-def log_softplus(h: Tensor) -> Tensor:
-    """Return the log of softplus(h) + 1e-8."""
-    return (softplus(h) + EPS).log()

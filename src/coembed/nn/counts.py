@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coembed.nn.likelihoods import draw_negative_binomial, negative_binomial, zero_inflated
+from coembed.nn.likelihoods import draw_negative_binomial, negative_binomial
+from coembed.nn.sparse import row_sums
 
 
 def depth_of(x: Tensor) -> Tensor:
     """Return the counts of each cell, (b,), at least 1, for x (b, n_features)."""
-    return x.sum(-1).clamp_min(1)
+    return row_sums(x).clamp_min(1)
 
 
 class NegativeBinomialCounts(NamedTuple):
@@ -42,6 +43,6 @@ class NegativeBinomialCounts(NamedTuple):
         return draw_negative_binomial(self.r, self.logit) * torch.bernoulli(self.kept)
 
     def log_likelihood(self, x: Tensor) -> Tensor:
-        """Return log p(x), (b, n_features)."""
-        log_prob = negative_binomial(x, self.r, self.logit)
-        return log_prob if self.gate is None else zero_inflated(x, log_prob, self.gate)
+        """Return log p(x), (b,), of counts (b, n_features), dense or CSR."""
+        counts = negative_binomial(x, self.r, self.logit)
+        return (counts if self.gate is None else counts.zero_inflated(self.gate)).sum()

@@ -17,6 +17,7 @@ Norm = Callable[[int], nn.Module]
 def mlp(
     sizes: Sequence[int],
     *,
+    first: type[nn.Linear] = nn.Linear,
     norm: Norm | None = None,
     activation: Layer = nn.ReLU,
     dropout: float = 0.0,
@@ -26,6 +27,7 @@ def mlp(
 
     Args:
         sizes: widths, input first: (b, sizes[0]) -> (b, sizes[-1]).
+        first: the class of the first linear layer; `nn.sparse.Linear` takes CSR rows.
         norm: the normalisation that follows each linear layer, e.g. `nn.BatchNorm1d`.
         activation: the non-linearity.
         dropout: share of the activations that training drops; no layer at 0.
@@ -33,7 +35,7 @@ def mlp(
     """
     layers: list[nn.Module] = []
     for i, (width_in, width_out) in enumerate(pairwise(sizes)):
-        layers.append(nn.Linear(width_in, width_out))
+        layers.append((nn.Linear if i else first)(width_in, width_out))
         if last or i < len(sizes) - 2:
             layers += _after(width_out, norm, activation, dropout)
     return nn.Sequential(*layers)
@@ -41,7 +43,23 @@ def mlp(
 
 def _after(width: int, norm: Norm | None, activation: Layer, dropout: float) -> list[nn.Module]:
     layers = [norm(width)] if norm else []
-    return [*layers, activation(), *([nn.Dropout(dropout)] if dropout else [])]
+    return [*layers, activation(), *([Dropout(dropout)] if dropout else [])]
+
+
+class Dropout(nn.Dropout):
+    """Dropout by 16 random bits a unit, a quarter of a draw: torch's takes several times as long.
+
+    The share that is dropped is `p` to the nearest 1 / 65,536.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with units dropped in training and the others scaled up."""
+        if not self.training or not x.numel():
+            return x
+        level = round(self.p * 2**16)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        bits = draws.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
+        return x * (bits >= level - 2**15).to(x.dtype).mul_(1 / (1 - level / 2**16))
 
 
 class ConditionalMLP(nn.Module):

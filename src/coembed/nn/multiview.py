@@ -16,9 +16,9 @@ from coembed.nn.likelihoods import (
     draw_negative_binomial,
     negative_binomial_mean,
     poisson,
-    zero_inflated,
 )
 from coembed.nn.posteriors import Gaussian
+from coembed.nn.sparse import Entries, Linear, dense
 
 HIDDEN = 128
 MIN_LOG_VARIANCE = math.log(1e-4)
@@ -32,18 +32,18 @@ def block(n_in: int, dropout: float = 0.0, *, active: bool = False) -> nn.Sequen
         last = nn.BatchNorm1d(width, eps=1e-4, momentum=0.01)
         return nn.Sequential(nn.LayerNorm(width, eps=1e-4), *between, last)
 
-    return mlp((n_in, HIDDEN), norm=norm, activation=nn.LeakyReLU, dropout=dropout)
+    return mlp((n_in, HIDDEN), first=Linear, norm=norm, activation=nn.LeakyReLU, dropout=dropout)
 
 
-def linears(*sizes: int) -> nn.Sequential:
+def linears(*sizes: int, first: type[nn.Linear] = nn.Linear) -> nn.Sequential:
     """Return linear layers with nothing between them."""
-    return mlp(sizes, activation=nn.Identity, last=False)
+    return mlp(sizes, first=first, activation=nn.Identity, last=False)
 
 
 def branch(kind: str, n_features: int) -> nn.Sequential:
     """Return (b, n_features) to (b, HIDDEN): gated for genes ('rna'), self-attending for peaks."""
     if kind == "rna":
-        gate = linears(n_features, HIDDEN, HIDDEN)
+        gate = linears(n_features, HIDDEN, HIDDEN, first=Linear)
         return nn.Sequential(Gated(block(n_features, 0.1), gate))
     return block(n_features, 0.1).append(SelfAttention(HIDDEN, dropout=0.1))
 
@@ -121,7 +121,9 @@ def encode_twice(
     """
     first, second = {}, {}
     for kind, encoder in encoders.items():
-        means, log_vars = (part.chunk(2) for part in encoder(torch.cat([x[kind], again[kind]])))
+        means, log_vars = (
+            part.chunk(2) for part in encoder(torch.cat([dense(x[kind]), again[kind]]))
+        )
         first[kind], second[kind] = map(Gaussian, means, log_vars)
     return first, second
 
@@ -187,9 +189,9 @@ class Genes(NamedTuple):
 
     def loss(self, x: Tensor) -> Tensor:
         """Return the negative log-likelihood plus half the distance of non-zero counts, (b,)."""
-        off = distance(x, self.mean)
-        log_prob = negative_binomial_mean(x, self.mean, self.log_dispersion.exp())
-        return (off - log_prob).sum(-1)
+        entries = Entries(x)
+        counts = negative_binomial_mean(entries, self.mean, self.log_dispersion.exp())
+        return distance(entries, self.mean) - counts.sum()
 
 
 class Peaks(NamedTuple):
@@ -209,15 +211,15 @@ class Peaks(NamedTuple):
 
     def loss(self, x: Tensor) -> Tensor:
         """Return as `Genes.loss`; a mean where the count is zero costs a twentieth of itself."""
-        off = distance(x, self.mean)
-        log_prob = zero_inflated(x, poisson(x, self.mean), self.gate)
-        at_zeros = 0.05 * torch.where(x > 0, 0, self.mean)
-        return (off + at_zeros - log_prob).sum(-1)
+        entries = Entries(x)
+        counts = poisson(entries, self.mean).zero_inflated(self.gate)
+        at_zeros = self.mean.sum(-1) - entries.sum(entries.of(self.mean))
+        return distance(entries, self.mean) + 0.05 * at_zeros - counts.sum()
 
 
 Counts = Genes | Peaks
 
 
-def distance(x: Tensor, mean: Tensor) -> Tensor:
-    """Return half the absolute difference of every non-zero count and its mean, else 0."""
-    return 0.5 * torch.where(x > 0, (x - mean).abs(), 0)
+def distance(entries: Entries, mean: Tensor) -> Tensor:
+    """Return half the sum of the absolute differences of non-zero counts and means, (b,)."""
+    return 0.5 * entries.sum((entries.x - entries.of(mean)).abs())

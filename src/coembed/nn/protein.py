@@ -7,11 +7,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import NegativeBinomial
+from torch.nn.functional import softplus
 
 from coembed.nn.layers import ConditionalMLP, Layer, Norm
-from coembed.nn.likelihoods import mixture, negative_binomial_mean
+from coembed.nn.likelihoods import EPS, draw_negative_binomial, log_choose, mixture
 from coembed.nn.posteriors import Gaussian
+
+
+def log_softplus(h: Tensor) -> Tensor:
+    """Return the log of softplus(h) + 1e-8: a head to the log of a standard deviation."""
+    return (softplus(h) + EPS).log()
 
 
 class SkipDecoder(nn.Module):
@@ -70,12 +75,14 @@ class ProteinMixture(NamedTuple):
         Args:
             y: the counts.
             log_background: (b, P) log of the background's mean count, drawn from `background`.
-            dispersion: inverse dispersion of both components, broadcast to (b, P).
+            dispersion: inverse dispersion of both components, (P,) or broadcast to (b, P).
         """
+        # Few proteins have no count, so nothing is done for zeros apart (as in `likelihoods`).
+        choose = log_choose(y, dispersion)
         level = log_background.exp()
-        background, foreground = (
-            negative_binomial_mean(y, mean, dispersion) for mean in (level, level * self.fold)
-        )
+        inverse = (dispersion + EPS).reciprocal()
+        odds = [(mean + EPS) * inverse for mean in (level, level * self.fold)]
+        background, foreground = (choose + y * o.log() - (y + dispersion) * o.log1p() for o in odds)
         return mixture(background, foreground, self.logit)
 
     def foreground_mean(self) -> Tensor:
@@ -87,8 +94,7 @@ class ProteinMixture(NamedTuple):
         background = torch.bernoulli(self.logit.sigmoid()).bool()
         level = self.background.sample().exp()
         mean = torch.where(background, level, level * self.fold)
-        r = dispersion.expand_as(mean)
-        return NegativeBinomial(r, logits=mean.log() - r.log()).sample()
+        return draw_negative_binomial(dispersion, mean.log() - dispersion.log())
 
 
 class ProteinDecoder(nn.Module):
