@@ -82,7 +82,7 @@ def test_one_set_of_batch_parameters_without_batches() -> None:
 def test_losses_of_a_model_that_knows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Section 10.2: levels of a half cost D log 2 whatever x is; mu = v = 1 costs 0.5 * 5."""
     model, batch = built(2000), batch_of(2000, [0, 0, 0])
-    monkeypatch.setattr(model, "levels", lambda z, codes: torch.full((3, 2000), 0.5))
+    monkeypatch.setattr(model, "logits", lambda z, codes: torch.zeros(3, 2000))
     monkeypatch.setattr(
         model, "posterior", lambda batch: Gaussian(torch.ones(3, 10), torch.zeros(3, 10))
     )
@@ -100,7 +100,7 @@ def test_reconstruction_is_the_sum_over_features_of_the_cross_entropy() -> None:
     torch.manual_seed(3)
     terms = model.loss(batch, Clock(0, 1))
     torch.manual_seed(3)
-    p = model.levels(model.posterior(batch).sample(), batch.codes)
+    p = model.logits(model.posterior(batch).sample(), batch.codes).sigmoid()
     x = batch.x["joint"]
     entropy = -(x * p.log() + (1 - x) * (1 - p).log()).sum(1).mean()
     torch.testing.assert_close(terms["reconstruction"], entropy)
@@ -178,7 +178,7 @@ def test_levels_are_shares_of_the_maximum_and_those_of_the_role() -> None:
     z, codes = torch.randn(4, 10), torch.tensor([0, 1, -1, 0])
     with torch.no_grad():
         rna, prot = (model.decode(z, codes, role) for role in ("rna", "prot"))
-        torch.testing.assert_close(torch.cat([rna, prot], 1), model.levels(z, codes))
+        torch.testing.assert_close(torch.cat([rna, prot], 1), model.logits(z, codes).sigmoid())
     assert rna.shape[1] == len(model.decoded_features["rna"])
     assert prot.shape == (4, 12)
     assert ((rna > 0) & (rna < 1)).all()

@@ -339,7 +339,7 @@ def test_foreground_is_told_from_background() -> None:
     )
     rna = np.random.default_rng(1).poisson(1 + 4 * (np.arange(60) % 2 == kind[:, None]))
     cells.counts["rna"] = type(counts)(rna.astype(np.float32))
-    model = TotalVI(cells, n_hidden=32, max_epochs=200, batch_size=75, n_latent=5)
+    model = TotalVI(cells, n_hidden=32, max_epochs=400, batch_size=75, n_latent=5)
     model.train(progress=False, device="cpu")
     clusters = KMeans(2, n_init=10, random_state=0).fit_predict(model.get_latent_representation())
     assert adjusted_rand_score(kind, clusters) > 0.95

@@ -157,4 +157,4 @@ def transposed(x: Tensor) -> Tensor:
 
 def _as_scipy(x: Tensor) -> sparse.csr_matrix:
     parts = (x.values().numpy(), x.col_indices().numpy(), x.crow_indices().numpy())
-    return sparse.csr_matrix(parts, shape=tuple(x.shape))
+    return sparse.csr_matrix(parts, shape=(x.shape[0], x.shape[1]))
