@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coembed.errors import CoembedError
 from coembed.models.base import Model
+from coembed.nn.sparse import Linear
 
 Tensors = Mapping[str, Tensor]
 
@@ -36,27 +37,41 @@ TOTALVI = {
 TABLES = ("background_pro", "log_per_batch")
 """scvi-tools' are (proteins, batches), ours (batches, proteins)."""
 
+UNUSED = ("encoder.l_gene", "decoder.px_dropout_decoder_gene")
+
 LAYERS = ["fc_layers.Layer 0.0", "fc_layers.Layer 1.0"]
 LONG = {"rna": "expression", "atac": "accessibility", "prot": "protein"}
 
 
-def totalvi(theirs: Tensors, roles: Sequence[str]) -> Tensors:
-    """Return scvi-tools' weights of totalVI, which has genes and proteins, under our names."""
+def totalvi(theirs: Tensors, roles: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Return tensors by scvi-tools' names of totalVI under ours; its modalities are always two."""
     out = {}
     for name, value in theirs.items():
-        prefix = next((p for p in TOTALVI if name.startswith(p)), None)
-        if prefix is not None:
-            ours = TOTALVI[prefix] + name.removeprefix(prefix)
-            ours = re.sub(r"fc_layers\.Layer (\d)\.", r"layers.\1.", ours)
-            out[ours] = value.T if name.startswith(TABLES) else value
+        if name.startswith(UNUSED):
+            continue
+        prefix = next(p for p in TOTALVI if name.startswith(p))
+        ours = TOTALVI[prefix] + name.removeprefix(prefix)
+        ours = re.sub(r"fc_layers\.Layer (\d)\.", r"layers.\1.", ours)
+        out[ours] = value.T if name.startswith(TABLES) else value
     return out
 
 
-def multivi(theirs: Tensors, roles: Sequence[str]) -> Tensors:
-    """Return scvi-tools' weights of MultiVI for some modalities under our names; it has all."""
+def multivi(theirs: Tensors, roles: Sequence[str]) -> dict[str, Tensor]:
+    """Return tensors by scvi-tools' names of MultiVI under ours; it has networks for all roles."""
+    return {ours: theirs[name] for ours, name in multivi_names(roles).items()}
+
+
+def multivi_names(roles: Sequence[str]) -> dict[str, str]:
+    """Return our names of MultiVI's parameters -> scvi-tools'."""
     full = {f"{a}.{end}": f"{b}.{end}" for a, b in _layers(roles) for end in ("weight", "bias")}
     free = {"rna": "px_r", "atac": "region_factors", "prot": "py_r"}
-    return {a: theirs[b] for a, b in (full | {f"free.{m}": free[m] for m in roles}).items()}
+    return full | {f"free.{m}": free[m] for m in roles}
+
+
+def as_ours(value: Tensor, name: str, net: nn.Module) -> Tensor:
+    """Return a parameter of theirs, or its gradient, in the layout of ours in `net`."""
+    owner = net.get_submodule(name.rpartition(".")[0])
+    return value.T if isinstance(owner, Linear) and name.endswith("weight") else value
 
 
 def _layers(roles: Sequence[str]) -> list[tuple[str, str]]:
@@ -109,8 +124,9 @@ def load(name: str, model: Model, module: nn.Module) -> None:
     """
     theirs = {key: value.detach().cpu() for key, value in module.state_dict().items()}
     found = {"totalvi": totalvi, "multivi": multivi}[name](theirs, model.roles)
+    found = {key: as_ours(value, key, model.net) for key, value in found.items()}
     missing, unknown = model.net.load_state_dict(found, strict=False)
-    missing = [key for key in missing if not key.startswith(("measured_", "classifier."))]
+    missing = [key for key in missing if not key.startswith(("measured.", "classifier."))]
     if missing or unknown:
         raise CoembedError(
             f"weights of scvi-tools without a counterpart: {[*missing, *unknown]}",

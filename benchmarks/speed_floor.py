@@ -123,9 +123,19 @@ class Products:
         def last_two(_: Tensor, a: Tensor, b: Tensor, *__: Any, **___: Any) -> int:
             return self.product(a, b)
 
-        first_two._get_raw = last_two._get_raw = True  # type: ignore[attr-defined]
-        formulas = dict.fromkeys((ATEN.mm, ATEN.bmm, ATEN._sparse_mm), first_two)
-        return formulas | dict.fromkeys((ATEN.addmm, ATEN.baddbmm, ATEN._sparse_addmm), last_two)
+        def bag(weight: Tensor, indices: Tensor, *_: Any, **__: Any) -> int:
+            number = 2 * indices.numel() * weight.shape[1]
+            self.sparse += number
+            return number
+
+        formulas: dict[Any, Callable[..., int]] = {
+            **dict.fromkeys((ATEN.mm, ATEN.bmm), first_two),
+            **dict.fromkeys((ATEN.addmm, ATEN.addmm_, ATEN.baddbmm), last_two),
+            ATEN._embedding_bag: bag,  # the product of CSR rows and a weight
+        }
+        for formula in formulas.values():
+            formula._get_raw = True  # type: ignore[attr-defined]
+        return formulas
 
 
 def counted(name: str, cells: Cells) -> Products:

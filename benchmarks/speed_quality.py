@@ -110,7 +110,9 @@ class Watch:
         if self.inputs is None:
             cells = self.held_out
             codes = pd.Categorical(cells.batch, categories=model.batches).codes.astype(np.int64)
-            self.inputs = Inputs(model.views.apply(cells), codes, model.device)
+            self.inputs = Inputs(
+                model.views.apply(cells), codes, model.device, sparse=model.takes_sparse
+            )
         sums: dict[str, float] = {}
         training = model.net.training
         model.net.eval()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import eight
 import eight_page
+import numpy as np
+import pytest
 import scvi_tools
 from eight import Dataset
 from eight_page import Entry, Notes, Verdict, write_page

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import speed
 import speed_floor
 import speed_goals
@@ -23,6 +18,7 @@ import speed_quality
 import speed_scaling
 import speed_sides
 import speed_step
+import torch
 from speed_floor import Products
 from speed_page import write_page
 from speed_parts import Settings, measure
@@ -34,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from coembed.data.cells import Cells
 from coembed.errors import ParameterError
 from coembed.models import get_model
+from coembed.nn.sparse import Linear
 
 QUICK = Settings(threads=1, repeats=1, quick=True)
 SMALL: dict[str, Any] = {"n_genes": 40, "n_proteins": 6, "n_peaks": 60}
@@ -138,14 +135,33 @@ def test_products_of_a_step_are_counted() -> None:
     assert counter.get_total_flops() == want
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_a_sparse_factor_counts_by_its_entries() -> None:
-    products, weight = Products(), torch.rand(20, 8, requires_grad=True)
-    x = (torch.rand(5, 20) > 0.7).float()
+    """Of our own layer: a bag of embeddings forward, a sparse product for the gradient."""
+    products, layer = Products(), Linear(20, 8)
+    x = torch.zeros(5, 20)
+    x[[0, 0, 1, 3, 4], [2, 7, 7, 11, 19]] = 1.0
     with FlopCounterMode(display=False, custom_mapping=products.formulas()):
-        (x.to_sparse_csr() @ weight).sum().backward()
-    assert products.sparse == 2 * (2 * int(x.sum()) * 8)  # forward, and the weight's gradient
+        layer(x.to_sparse_csr()).sum().backward()
+    assert products.sparse == 2 * (2 * 5 * 8)
     assert not products.shapes
+
+
+def test_products_in_place_and_into_an_output_are_counted() -> None:
+    products = Products()
+    a, b, c = torch.rand(3, 4), torch.rand(4, 5), torch.rand(3, 5)
+    with FlopCounterMode(display=False, custom_mapping=products.formulas()):
+        c.addmm_(a, b)
+        torch.mm(a, b, out=c)
+    assert products.shapes == {(1, 3, 4, 5, False, False): 2}
+
+
+def test_sparse_layers_of_an_epoch_are_counted() -> None:
+    cells = simulated("multiome", 130, density=0.02, n_genes=100, n_peaks=400)
+    products = speed_floor.counted("multivi", cells)
+    nnz = sum(x.nnz for x in cells.counts.values())  # both far below the density of a dense product
+    # The encoder's and the depth's first layers, forward and the gradient of their weights.
+    assert products.sparse == 2 * 2 * 2 * nnz * 128
+    assert products.other == 0
 
 
 @pytest.mark.parametrize("name", ["totalvi", "scalex"])

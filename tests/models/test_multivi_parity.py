@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from easy import easy_cells
+from scvi_weights import as_ours, multivi_names
 from torch import Tensor
 
 from coembed.data.minibatches import Batch
 from coembed.models.multivi import MultiVI
 from coembed.nn.posteriors import Gaussian
-from coembed.nn.sparse import Linear
 from coembed.train.stage import Clock
 
 pytest.importorskip("scvi", reason="parity needs scvi-tools")
@@ -82,54 +82,6 @@ def ours(roles: tuple[str, ...], n_batches: int, dtype: torch.dtype) -> MultiVI:
     return model
 
 
-def names(roles: tuple[str, ...]) -> dict[str, str]:
-    """Our parameter -> theirs."""
-    layer = ["fc_layers.Layer 0.0", "fc_layers.Layer 1.0"]
-    pairs, free = {}, {"rna": "px_r", "atac": "region_factors", "prot": "py_r"}
-    for m in roles:
-        long = THEIRS[m]
-        pairs |= {f"mean.{m}": f"z_encoder_{long}.mean_encoder"}
-        pairs |= {f"log_var.{m}": f"z_encoder_{long}.var_encoder"}
-        for i in (0, 1):
-            place = 3 * i  # linear, norm, activation
-            pairs[f"encoder.{m}.{4 * i}"] = f"z_encoder_{long}.encoder.{layer[i]}"
-            if m == "prot":
-                for part, trunk in (
-                    ("background", "py_back_decoder"),
-                    ("foreground", "py_fore_decoder"),
-                    ("mixing", "sigmoid_decoder"),
-                ):
-                    pairs[f"decoder.prot.{part}.trunk.layers.{i}.0"] = (
-                        f"z_decoder_pro.{trunk}.{layer[i]}"
-                    )
-                continue
-            pairs[f"depth.{m}.0.{place}"] = f"l_encoder_{long}.px_decoder.{layer[i]}"
-            pairs[f"decoder.{m}.layers.{i}.0"] = f"z_decoder_{long}.px_decoder.{layer[i]}"
-        if m == "prot":
-            pairs |= {
-                f"decoder.prot.{part}.heads.{i}": f"z_decoder_pro.{head}.{layer[0]}"
-                for part, i, head in (
-                    ("background", 0, "py_back_mean_log_alpha"),
-                    ("background", 1, "py_back_mean_log_beta"),
-                    ("foreground", 0, "py_fore_scale_decoder"),
-                    ("mixing", 0, "py_background_decoder"),
-                )
-            }
-        else:
-            pairs[f"depth.{m}.1"] = f"l_encoder_{long}.output.0"
-            head = "px_scale_decoder.0" if m == "rna" else "output.0"
-            pairs[f"output.{m}"] = f"z_decoder_{long}.{head}"
-    pairs["gate"] = "z_decoder_expression.px_dropout_decoder"
-    full = {f"{a}.{end}": f"{b}.{end}" for a, b in pairs.items() for end in ("weight", "bias")}
-    return full | {f"free.{m}": free[m] for m in roles}
-
-
-def as_ours(value: Tensor, name: str, model: MultiVI) -> Tensor:
-    """Return a parameter of theirs, or its gradient, in the layout of ours."""
-    owner = model.net.get_submodule(name.rpartition(".")[0])
-    return value.T if isinstance(owner, Linear) and name.endswith("weight") else value
-
-
 def tensors(batch: Batch) -> dict[str, Tensor]:
     n = len(batch)
     zeros = torch.zeros(n, 1)
@@ -175,12 +127,12 @@ def test_outputs_losses_and_gradients_are_those_of_scvi_tools(
     torch.set_default_dtype(dtype)  # theirs makes placeholders for absent modalities,
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self.to(dtype))  # and casts
     reference, model = theirs(roles, n_batches, dtype), ours(roles, n_batches, dtype)
-    pairs = names(roles)
+    pairs = multivi_names(roles)
     sources, targets = (dict(net.named_parameters()) for net in (reference, model.net))
     assert set(pairs) == {name for name in targets if not name.startswith("classifier.")}
     with torch.no_grad():
         for mine, other in pairs.items():
-            targets[mine].copy_(as_ours(sources[other], mine, model))
+            targets[mine].copy_(as_ours(sources[other], mine, model.net))
     batch = minibatch(roles, n_batches, mosaic, dtype)
     tolerance = TOLERANCE[dtype]
 
@@ -213,5 +165,7 @@ def test_outputs_losses_and_gradients_are_those_of_scvi_tools(
     for mine, other in pairs.items():
         gradient = sources[other].grad
         assert gradient is not None, other
-        close(targets[mine].grad, as_ours(gradient, mine, model), tolerance, f"gradient of {mine}")
+        close(
+            targets[mine].grad, as_ours(gradient, mine, model.net), tolerance, f"gradient of {mine}"
+        )
     assert any(float(sources[other].grad.abs().max()) > 1e-3 for other in pairs.values())

@@ -7,11 +7,11 @@ of 1.3.1 against the scvi-tools that is installed, where one is.
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Mapping
 
 import numpy as np
 import pytest
+import scvi_weights
 import torch
 from easy import easy_cells
 from golden.make_totalvi import (
@@ -34,42 +34,13 @@ from coembed.models.totalvi import TotalVI
 from coembed.nn.posteriors import Gaussian
 from coembed.train.stage import Clock
 
-NAMES = {
-    "encoder.encoder.": "encoder.",
-    "encoder.z_mean_encoder.": "mean.",
-    "encoder.z_var_encoder.": "log_var.",
-    "decoder.px_decoder.": "genes.trunk.",
-    "decoder.px_scale_decoder.fc_layers.Layer 0.0.": "genes.heads.0.",
-    "decoder.py_back_decoder.": "proteins.background.trunk.",
-    "decoder.py_back_mean_log_alpha.fc_layers.Layer 0.0.": "proteins.background.heads.0.",
-    "decoder.py_back_mean_log_beta.fc_layers.Layer 0.0.": "proteins.background.heads.1.",
-    "decoder.py_fore_decoder.": "proteins.foreground.trunk.",
-    "decoder.py_fore_scale_decoder.fc_layers.Layer 0.0.": "proteins.foreground.heads.0.",
-    "decoder.sigmoid_decoder.": "proteins.mixing.trunk.",
-    "decoder.py_background_decoder.fc_layers.Layer 0.0.": "proteins.mixing.heads.0.",
-    "px_r": "free.log_theta",
-    "py_r": "free.log_phi",
-    "background_pro_alpha": "prior.mean",
-    "background_pro_log_beta": "prior.log_sd",
-    "log_per_batch_efficiency": "free.log_efficiency",
-}
-"""Names of scvi-tools -> ours; the library encoder and the zero inflation are not ours."""
-UNUSED = ("encoder.l_gene", "decoder.px_dropout_decoder_gene")
-
 
 def renamed(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Return scvi-tools' weights or gradients under our names; its tables are (P, B)."""
-    out = {}
-    for name, value in tensors.items():
-        if not name.startswith(f"{kind}.") or name.removeprefix(f"{kind}.").startswith(UNUSED):
-            continue
-        theirs = name.removeprefix(f"{kind}.")
-        prefix = next(p for p in NAMES if theirs.startswith(p))
-        ours = NAMES[prefix] + theirs.removeprefix(prefix)
-        ours = re.sub(r"fc_layers\.Layer (\d)\.", r"layers.\1.", ours)
-        table = theirs.startswith(("background_pro", "log_per_batch"))
-        out[ours] = value.T if table else value
-    return out
+    prefix = f"{kind}."
+    return scvi_weights.totalvi(
+        {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+    )
 
 
 def computed(

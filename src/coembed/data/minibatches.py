@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -24,11 +24,13 @@ class Batch:
         x: (b, n_features) float32, dense or, of `Inputs` that allow it, CSR.
         present: (b,) bool, whether the modality measured the cell.
         batch: (b,) int64, code of the technical batch; -1 where the model never saw it.
+        drawn: what a player leaves to those that follow it on this minibatch.
     """
 
     x: Mapping[str, torch.Tensor]
     present: Mapping[str, torch.Tensor]
     batch: Mapping[str, torch.Tensor]
+    drawn: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return max(len(x) for x in self.x.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -27,11 +26,10 @@ def batch_classifier(n_latent: int, n_batches: int) -> nn.Sequential:
 
 
 def classifier_player(model: Model, weight_decay: float) -> Player:
-    """Return the player that trains `net.classifier` on draws of the posterior."""
+    """Return the player that trains `net.classifier` on the z that the model's loss has drawn."""
 
     def loss(batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        with torch.no_grad():
-            z = model.posterior(batch).sample()
+        z = batch.drawn["z"].detach()
         return {"classification": cross_entropy(model.net.classifier(z), batch.codes)}
 
     net = [model.net.classifier]

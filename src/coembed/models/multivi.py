@@ -191,7 +191,7 @@ class MultiVI(Model):
         """Measured modalities' negative log-likelihoods, KL, distance of experts, confusion."""
         experts, present = self.experts(batch), batch.present
         posterior = average_of_experts(list(experts.values()), list(present.values()))
-        z = posterior.sample()
+        batch.drawn["z"] = z = posterior.sample()
         terms = {f"reconstruction_{m}": self.reconstruction(z, batch, m) for m in experts}
         terms["kl"] = posterior.kl(self.prior).mean()
         pairs = [

@@ -190,7 +190,7 @@ class TotalVI(Model):
         (x, y), codes, free = self.counts(batch), batch.codes, self.net.free
         seen = self.net.measured.of("prot", codes) * batch.present["prot"].unsqueeze(-1)
         q = self.posterior(batch)
-        z = q.sample()
+        batch.drawn["z"] = z = q.sample()
         mean = row_sums(x).unsqueeze(-1) * self.shares(z, codes)
         genes = negative_binomial_mean(x, mean, free["log_theta"].exp())
         mixture, log_efficiency = self.proteins(z, codes), self.log_efficiency(codes)

@@ -176,14 +176,16 @@ class _ScaledBernoulli(torch.autograd.Function):
             by_h.addmm_(by_logit, weight[part])
             torch.mm(by_logit.t(), h, out=by_weight[part])
             by_bias[part] = by_logit.sum(0)
-        ctx.save_for_backward(by_h, by_weight, by_bias, by_row, by_column)
+        ctx.gradients = by_h, by_weight, by_bias, by_row, by_column
         return value @ weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         plain = float(gradient) == 1  # as in a loss that is a plain sum of its terms
-        return None, *(g if plain else g * gradient for g in ctx.saved_tensors), None
+        gradients = [g if plain else g * gradient for g in ctx.gradients]
+        del ctx.gradients  # a parameter takes over what nobody else holds, without a copy
+        return None, *gradients, None
 
 
 CACHED = 2**18

@@ -142,7 +142,9 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, transposed(ctx.x) @ gradient
+        # In place, as `@` would fill the result with zeros and copy them first.
+        by_weight = gradient.new_empty(ctx.x.shape[1], gradient.shape[1])
+        return None, by_weight.addmm_(transposed(ctx.x), gradient, beta=0)
 
 
 def transposed(x: Tensor) -> Tensor:

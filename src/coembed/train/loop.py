@@ -177,7 +177,7 @@ class Loop:
                 if not self._slow_down(stage, good, complaint):
                     return
                 continue
-            good = self._snapshot()
+            good = self._snapshot(good.tensors)
             if self.checkpoint is not None and time.monotonic() - saved > self.interval:
                 self._save(good)
                 saved = time.monotonic()
@@ -346,12 +346,15 @@ class Loop:
 
     # -- snapshots and checkpoints ----------------------------------------------------------------
 
-    def _snapshot(self) -> _Snapshot:
-        tensors = {f"module.{k}": v for k, v in _clone(self.module.state_dict()).items()}
-        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+    def _snapshot(self, old: Mapping[str, Tensor] | None = None) -> _Snapshot:
+        """Return a copy of everything, written over the tensors of an `old` one."""
+        now = {f"module.{k}": v.detach() for k, v in self.module.state_dict().items()}
         for name, optimiser in self.optimisers.items():
             for i, slots in optimiser.state_dict()["state"].items():
-                tensors |= {f"optimiser.{name}.{i}.{k}": v.clone() for k, v in slots.items()}
+                now |= {f"optimiser.{name}.{i}.{k}": v for k, v in slots.items()}
+        known = {k: old[k] for k in now if old and k in old}
+        tensors = {k: known[k].copy_(v) if k in known else v.clone() for k, v in now.items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}  # never changed in place
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.inputs.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.inputs.device)
