@@ -31,7 +31,7 @@ TOTALVI = {
     "py_r": "free.log_phi",
     "background_pro_alpha": "prior.mean",
     "background_pro_log_beta": "prior.log_sd",
-    "log_per_batch_efficiency": "free.log_efficiency",
+    "log_per_batch_efficiency": "efficiency.log",
 }
 """Prefixes, scvi-tools' -> ours; its library encoder and its zero inflation are not ours."""
 TABLES = ("background_pro", "log_per_batch")

@@ -104,7 +104,7 @@ def test_efficiency_and_pull(no_noise: None) -> None:
     head = model.net.proteins.mixing.heads[0]
     for efficiency, value in ((1.0, 0.918939), (2.0, 1.852312)):
         with torch.no_grad():
-            model.net.free["log_efficiency"].fill_(np.log(efficiency))
+            model.net.efficiency.log.fill_(np.log(efficiency))
             head.weight.zero_()
             head.bias.zero_()
         terms = model.loss(batch, Clock(0, 1))
@@ -173,7 +173,7 @@ def test_decoding_leaves_the_background_out(no_noise: None) -> None:
 def test_draws_follow_the_likelihood() -> None:
     model, n = built(n_batches=2, equations="1.3.1"), 20_000
     with torch.no_grad():
-        model.net.free["log_efficiency"][1] = 0.5
+        model.net.efficiency.log[1] = 0.5
         model.net.free["log_theta"].zero_()
         model.net.proteins.background.heads[1].weight.zero_()
         model.net.proteins.background.heads[1].bias.fill_(-3)

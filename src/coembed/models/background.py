@@ -1,4 +1,4 @@
-"""The background of protein counts in every batch: its learnt prior (totalVI)."""
+"""What batches differ in as to proteins: the background's prior, the efficiency (totalVI)."""
 
 from __future__ import annotations
 
@@ -57,6 +57,28 @@ class BackgroundPrior(nn.Module):
             y = inputs.blocks["prot"].x[rows[inputs.batch[rows] == code]].toarray()
             mean, sd = background_prior(y[:, y.any(0)], random)
             self.mean[code], self.log_sd[code] = mean, math.log(sd)
+
+
+class Efficiency(nn.Module):
+    """With what efficiency every batch measured a protein: its log, learnt, (n_batches, P).
+
+    Args:
+        n_batches: number of batches.
+        n_proteins: P.
+    """
+
+    def __init__(self, n_batches: int, n_proteins: int) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.zeros(n_batches, n_proteins))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return the logs for the batch of each cell, (b, P); -1, a new one, has the mean."""
+        return torch.cat([self.log, self.log.mean(0, keepdim=True)])[codes]
+
+    def loss(self, codes: Tensor) -> Tensor:
+        """Return -log LogNormal(0, 1) of a cell's efficiencies, (b,)."""
+        log = self(codes)
+        return (0.5 * (math.log(2 * math.pi) + log.square()) + log).sum(-1)
 
 
 def background_prior(y: np.ndarray, random: np.random.Generator) -> tuple[float, float]:

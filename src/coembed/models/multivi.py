@@ -23,7 +23,11 @@ from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams
 from coembed.nn.adversary import confusion_loss
 from coembed.nn.fusion import average_of_experts
 from coembed.nn.layers import ConditionalMLP, batch_one_hot, mlp
-from coembed.nn.likelihoods import draw_negative_binomial, negative_binomial_mean, scaled_bernoulli
+from coembed.nn.likelihoods import (
+    draw_negative_binomial_mean,
+    negative_binomial_mean,
+    scaled_bernoulli,
+)
 from coembed.nn.posteriors import Gaussian
 from coembed.nn.protein import ProteinDecoder, ProteinMixture
 from coembed.nn.sparse import Linear, dense
@@ -169,8 +173,7 @@ class MultiVI(Model):
             p = self.open(h) * self.net.free[role].sigmoid()
             return torch.bernoulli(p * (depth / p.sum(-1)).clamp_max(1).unsqueeze(-1))
         mean = depth.unsqueeze(-1) * softmax(self.net.output[role](h), -1)
-        log_r = self.net.free[role]
-        x = draw_negative_binomial(log_r.exp(), mean.log() - log_r)
+        x = draw_negative_binomial_mean(mean, self.net.free[role].exp())
         return x * torch.bernoulli((-self.net.gate(h)).sigmoid())
 
     def reconstruction(self, z: Tensor, batch: Batch, m: str) -> Tensor:

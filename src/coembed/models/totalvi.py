@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,14 +16,14 @@ from torch.nn.functional import softmax, softplus
 from coembed.data.minibatches import Batch, Inputs, Shuffled
 from coembed.data.pipeline import Pipeline
 from coembed.data.views import counts
-from coembed.models.background import BackgroundPrior
+from coembed.models.background import BackgroundPrior, Efficiency
 from coembed.models.base import Card, Model, Networks
 from coembed.models.confusion import batch_classifier, classifier_player
 from coembed.models.measured import Measured
 from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams, param
 from coembed.nn.adversary import confusion_loss
 from coembed.nn.layers import ConditionalMLP, batch_one_hot
-from coembed.nn.likelihoods import EPS, draw_negative_binomial, negative_binomial_mean
+from coembed.nn.likelihoods import draw_negative_binomial_mean, negative_binomial_mean
 from coembed.nn.posteriors import Gaussian
 from coembed.nn.protein import ProteinDecoder, ProteinMixture, SkipDecoder, log_softplus
 from coembed.nn.sparse import dense, row_sums, scale_rows
@@ -109,9 +108,9 @@ class TotalVI(Model):
         log_sd = log_softplus if self.newer else nn.Identity()
         net.proteins = ProteinDecoder((k, h), condition, proteins, log_sd=log_sd, **style)
         free = {"log_theta": torch.randn(genes), "log_phi": 2 * torch.rand(proteins)}
-        if self.newer:
-            free["log_efficiency"] = torch.zeros(n_batches, proteins)
         net.free = nn.ParameterDict(free)
+        if self.newer:
+            net.efficiency = Efficiency(n_batches, proteins)
         net.prior = BackgroundPrior(n_batches, proteins, at_random=not self.newer)
         net.measured = Measured(n_batches, self.n_features)
 
@@ -150,13 +149,6 @@ class TotalVI(Model):
         mixture: ProteinMixture = self.net.proteins(z, self.condition(codes))
         return mixture
 
-    def log_efficiency(self, codes: Tensor) -> Tensor:
-        """Return the log efficiency of every protein in the cell's batch, (b, P) or 0."""
-        if not self.newer:
-            return torch.zeros((), device=self.device)
-        table = self.net.free["log_efficiency"]
-        return torch.cat([table, table.mean(0, keepdim=True)])[codes]  # -1, a new batch: the mean
-
     def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
         """Return rho, or the proteins' mean count without background, (1 - pi) alpha beta."""
         codes = self.net.measured.or_average(role, codes)
@@ -168,13 +160,10 @@ class TotalVI(Model):
         """Return negative binomial genes at a depth, or proteins from the mixture."""
         codes = self.net.measured.or_average(role, codes)
         if role == "prot":
-            mixture = self.proteins(z, codes)
-            mean, log_var = mixture.background
-            background = Gaussian(mean + self.log_efficiency(codes), log_var)
-            return mixture._replace(background=background).draw(self.net.free["log_phi"].exp())
-        log_mean = torch.log(depth.unsqueeze(-1) * self.shares(z, codes) + EPS)
-        log_theta = self.net.free["log_theta"]
-        counts = draw_negative_binomial(log_theta.exp(), log_mean - log_theta)
+            shift = self.net.efficiency(codes) if self.newer else 0.0
+            return self.proteins(z, codes).draw(self.net.free["log_phi"].exp(), shift)
+        mean = depth.unsqueeze(-1) * self.shares(z, codes)
+        counts = draw_negative_binomial_mean(mean, self.net.free["log_theta"].exp())
         return counts[:, : self.n_features["rna"]]
 
     @torch.no_grad()
@@ -193,8 +182,10 @@ class TotalVI(Model):
         batch.drawn["z"] = z = q.sample()
         mean = row_sums(x).unsqueeze(-1) * self.shares(z, codes)
         genes = negative_binomial_mean(x, mean, free["log_theta"].exp())
-        mixture, log_efficiency = self.proteins(z, codes), self.log_efficiency(codes)
-        level = mixture.background.sample() + log_efficiency
+        mixture = self.proteins(z, codes)
+        level = mixture.background.sample()
+        if self.newer:
+            level = level + self.net.efficiency(codes)
         proteins = mixture.log_likelihood(y, level, free["log_phi"].exp())
         terms = {
             "reconstruction_rna": -genes.sum() * batch.present["rna"],
@@ -202,10 +193,9 @@ class TotalVI(Model):
             "kl": q.kl(self.prior),
             "kl_background": (self.net.prior.kl(mixture.background, codes) * seen).sum(-1),
         }
-        if self.newer:  # -log LogNormal(0, 1) of the efficiency, and -log P(background)
-            normal = 0.5 * (math.log(2 * math.pi) + log_efficiency.square())
-            terms["efficiency"] = (normal + log_efficiency).sum(-1)
-            terms["pull"] = PULL * softplus(-mixture.logit).sum(-1)
+        if self.newer:
+            terms["efficiency"] = self.net.efficiency.loss(codes)
+            terms["pull"] = PULL * softplus(-mixture.logit).sum(-1)  # -log P(background)
         if hasattr(self.net, "classifier"):
             terms["adversarial"] = confusion_loss(self.net.classifier(z), codes)
         return {name: term.mean() for name, term in terms.items()}
@@ -216,8 +206,8 @@ class TotalVI(Model):
         sampler, held_back = (Shuffled([(self.roles, r)], p.batch_size) for r in (rows, validation))
         fraction = p.warm_up
         if p.partial_kl:
-            steps = self.epochs(sampler.steps_per_epoch) * sampler.steps_per_epoch
-            fraction = int(0.75 * inputs.n_cells) / steps
+            planned = self.epochs(sampler.steps_per_epoch) * sampler.steps_per_epoch
+            fraction = int(0.75 * inputs.n_cells) / planned
         annealed = ["kl", "kl_background"]
         annealed += ["reconstruction_prot", "efficiency", "pull"] if self.newer else []
         weights = dict.fromkeys(annealed, WarmUp(fraction)) | {"adversarial": CoolDown(fraction)}

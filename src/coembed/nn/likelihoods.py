@@ -211,8 +211,13 @@ def gaussian_of_residuals(residuals: Tensor, *, log_divided: bool = False) -> Te
 
 
 def draw_negative_binomial(r: Tensor, logit: Tensor) -> Tensor:
-    """Return counts of `negative_binomial`; log mean - log r is the logit of a given mean."""
+    """Return counts drawn from `negative_binomial`, (b, P)."""
     return NegativeBinomial(r, logits=logit).sample()
+
+
+def draw_negative_binomial_mean(mean: Tensor, dispersion: Tensor) -> Tensor:
+    """Return counts drawn from `negative_binomial_mean`, (b, P)."""
+    return draw_negative_binomial(dispersion, (mean + EPS).log() - (dispersion + EPS).log())
 
 
 def draw_multinomial(shares: Tensor, depth: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import softmax
 from coembed.nn.attention import Gated, SelfAttention
 from coembed.nn.layers import mlp
 from coembed.nn.likelihoods import (
-    draw_negative_binomial,
+    draw_negative_binomial_mean,
     negative_binomial_mean,
     poisson,
 )
@@ -183,9 +183,7 @@ class Genes(NamedTuple):
 
     def draw(self) -> Tensor:
         """Return counts drawn from it, (b, n_features)."""
-        return draw_negative_binomial(
-            self.log_dispersion.exp(), self.mean.log() - self.log_dispersion
-        )
+        return draw_negative_binomial_mean(self.mean, self.log_dispersion.exp())
 
     def loss(self, x: Tensor) -> Tensor:
         """Return the negative log-likelihood plus half the distance of non-zero counts, (b,)."""

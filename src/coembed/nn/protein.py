@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from coembed.nn.layers import ConditionalMLP, Layer, Norm
-from coembed.nn.likelihoods import EPS, draw_negative_binomial, log_choose, mixture
+from coembed.nn.likelihoods import EPS, draw_negative_binomial_mean, log_choose, mixture
 from coembed.nn.posteriors import Gaussian
 
 
@@ -89,12 +89,15 @@ class ProteinMixture(NamedTuple):
         """Return the expected count without background, at the background's median level."""
         return (-self.logit).sigmoid() * self.background.mean.exp() * self.fold
 
-    def draw(self, dispersion: Tensor) -> Tensor:
-        """Return counts drawn from the mixture; `dispersion` as in `log_likelihood`."""
+    def draw(self, dispersion: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+        """Return counts drawn from the mixture; `dispersion` as in `log_likelihood`.
+
+        `shift` is added to the log of the background's mean count, (b, P).
+        """
         background = torch.bernoulli(self.logit.sigmoid()).bool()
-        level = self.background.sample().exp()
+        level = (self.background.sample() + shift).exp()
         mean = torch.where(background, level, level * self.fold)
-        return draw_negative_binomial(dispersion, mean.log() - dispersion.log())
+        return draw_negative_binomial_mean(mean, dispersion)
 
 
 class ProteinDecoder(nn.Module):
