@@ -63,7 +63,7 @@ class DAVAE(TwoDomains):
         batch_size: int = param(128, "rows in a minibatch, half of each domain", "original", ge=16)
         learning_rate: float = param(0.003, "Adam's learning rate", "ours: 0.001-0.01 tried", gt=0)
         max_epochs: int = param(25, "passes over the larger domain", "paper: 20-60", ge=1)
-        min_steps: int = param(1000, MIN_STEPS, "ours: pilots of 400-2,000 cells", ge=0)
+        min_steps: int = param(2000, MIN_STEPS, "ours: pilots of 250-2,000 cells", ge=0)
         validation_fraction: float = param(0.0, VALIDATION, "none for adversaries", ge=0, le=0)
         one_reference: bool = param(False, "genes alone are reconstructed", "fault of study.md 3")
         log_v_over_v: bool = param(False, "log V is divided by V", "fault of study.md 3")
