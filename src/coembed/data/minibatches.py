@@ -79,10 +79,13 @@ class Inputs:
 
         True where a batch has none of the rows: nothing is known of it.
         """
-        found = np.ones((n_batches, self.blocks[name].x.shape[1]), dtype=bool)
-        for code in np.unique(self.batch[rows]):
-            x = self.blocks[name].x[rows[self.batch[rows] == code]]
-            found[code] = np.asarray(x.sum(axis=0)).ravel() > 0
+        codes = self.batch[rows]
+        members = sparse.csr_matrix(
+            (np.ones(len(rows)), (codes, rows)), shape=(n_batches, self.n_cells)
+        )
+        sums = members @ self.blocks[name].x  # without a copy of the counts
+        found: np.ndarray = (sums.toarray() if sparse.issparse(sums) else sums) > 0
+        found[np.isin(np.arange(n_batches), codes, invert=True)] = True
         return found
 
     def take(self, names: Sequence[str], rows: np.ndarray) -> Inputs:

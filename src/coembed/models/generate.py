@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coembed.data.cells import Cells, Keys
 from coembed.data.features import log_normalised
+from coembed.data.minibatches import slices
 from coembed.errors import CoembedError, DataError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from coembed.models.base import Model
 
 CHUNK = 1024
-"""Cells decoded at a time."""
+"""Cells decoded, or counted, at a time."""
 
 QUANTILES = np.linspace(0, 1, 101)
 """At which the depth of the training cells is kept, for new ones."""
@@ -46,14 +47,24 @@ def profiles(cells: Cells, decoded: Mapping[str, Sequence[str]]) -> dict[str, np
     for role, names in decoded.items():
         columns = cells.var[role].index.get_indexer(pd.Index(names)) if role in cells.var else [-1]
         if min(columns, default=-1) >= 0:
-            x = measured(cells, role, columns)
-            means[role] = np.asarray(x.mean(axis=0), dtype=np.float32).ravel()
+            total, rows = np.zeros(len(names)), np.flatnonzero(cells.present[role])
+            for part in slices(rows, CHUNK):  # not a copy of all counts at once
+                total += np.asarray(measured(cells, role, columns, part).sum(axis=0)).ravel()
+            means[role] = (total / max(1, len(rows))).astype(np.float32)
     return means
 
 
-def measured(cells: Cells, role: str, columns: Sequence[int] | np.ndarray) -> sparse.csr_matrix:
-    """Return features of the cells that have `role` as translation is scored: see `profiles`."""
-    x = cells.counts[role][cells.present[role]][:, columns]
+def measured(
+    cells: Cells,
+    role: str,
+    columns: Sequence[int] | np.ndarray,
+    rows: np.ndarray | None = None,
+) -> sparse.csr_matrix:
+    """Return features of cells as translation is scored: see `profiles`.
+
+    The cells are `rows`, or all that have `role`.
+    """
+    x = cells.counts[role][cells.present[role] if rows is None else rows][:, columns]
     return x.sign() if role == "atac" else log_normalised(x, np.asarray(x.sum(axis=1)).ravel(), 1e4)
 
 
