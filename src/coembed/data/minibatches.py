@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -83,8 +83,8 @@ class Inputs:
         members = sparse.csr_matrix(
             (np.ones(len(rows)), (codes, rows)), shape=(n_batches, self.n_cells)
         )
-        sums: Any = members @ self.blocks[name].x  # without a copy of the counts
-        found: np.ndarray = (sums.toarray() if sparse.issparse(sums) else sums) > 0
+        sums = members @ self.blocks[name].x  # without a copy of the counts
+        found: np.ndarray = (sums.toarray() if isinstance(sums, sparse.csr_matrix) else sums) > 0
         found[np.isin(np.arange(n_batches), codes, invert=True)] = True
         return found
 
