@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from coembed.nn.layers import ConditionalMLP, Dropout, batch_one_hot, mlp
+from coembed.nn.layers import ConditionalMLP, Dropout, batch_one_hot, mlp, rows_of_batches
 
 
 def test_one_hot_of_batches() -> None:
@@ -46,3 +46,11 @@ def test_the_condition_is_at_the_end_of_every_input() -> None:
     hidden = first.weight @ torch.tensor([1.0, 2.0, 0.0, 1.0]) + first.bias
     expected = second.weight @ torch.cat([hidden, condition[0]]) + second.bias
     torch.testing.assert_close(net(x, condition)[0], expected)
+
+
+def test_rows_of_batches_and_their_gradient() -> None:
+    table = torch.tensor([[1.0, 2.0], [3.0, 6.0]], requires_grad=True)
+    rows = rows_of_batches(table, torch.tensor([1, -1, 1]))
+    torch.testing.assert_close(rows, torch.tensor([[3.0, 6.0], [2.0, 4.0], [3.0, 6.0]]))
+    (gradient,) = torch.autograd.grad(rows.sum(), table)
+    torch.testing.assert_close(gradient, torch.tensor([[0.5, 0.5], [2.5, 2.5]]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coembed.data.minibatches import Inputs
+from coembed.nn.layers import rows_of_batches
 from coembed.nn.posteriors import Gaussian
 
 FEW_PROTEINS = 10
@@ -40,7 +41,8 @@ class BackgroundPrior(nn.Module):
 
     def kl(self, background: Gaussian, codes: Tensor) -> Tensor:
         """Return the KL of every protein's background to its prior, (b, P)."""
-        prior = Gaussian(self.mean[codes], 2 * self.log_sd[codes])
+        mean, log_sd = (rows_of_batches(table, codes) for table in (self.mean, self.log_sd))
+        prior = Gaussian(mean, 2 * log_sd)
         # One dimension each, so that the KL is not summed over the proteins.
         q, p = (
             Gaussian(g.mean.unsqueeze(-1), g.log_var.unsqueeze(-1)) for g in (background, prior)
@@ -73,7 +75,7 @@ class Efficiency(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return the logs for the batch of each cell, (b, P); -1, a new one, has the mean."""
-        return torch.cat([self.log, self.log.mean(0, keepdim=True)])[codes]
+        return rows_of_batches(self.log, codes)
 
     def loss(self, codes: Tensor) -> Tensor:
         """Return -log LogNormal(0, 1) of a cell's efficiencies, (b,)."""

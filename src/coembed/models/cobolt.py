@@ -18,7 +18,7 @@ from coembed.models.base import Card, Model, Networks
 from coembed.models.bridge import bridge, subsets
 from coembed.models.params import MIN_STEPS, VALIDATION, WARM_UP, TrainingParams, param
 from coembed.nn.fusion import product_of_experts
-from coembed.nn.layers import mlp
+from coembed.nn.layers import mlp, rows_of_batches
 from coembed.nn.likelihoods import draw_multinomial, multinomial
 from coembed.nn.posteriors import Gaussian
 from coembed.nn.sparse import Linear
@@ -94,11 +94,8 @@ class Cobolt(Model):
 
     def logits(self, z: Tensor, codes: Tensor, m: str) -> Tensor:
         """Return the logits of pi_m, (b, P_m); a batch never seen gets the mean terms."""
-        seen = (codes >= 0).unsqueeze(-1)
-        slope, intercept = (
-            torch.where(seen, term[codes], term.mean(0))
-            for term in (self.net.slope[m], self.net.intercept[m])
-        )
+        terms = self.net.slope[m], self.net.intercept[m]
+        slope, intercept = (rows_of_batches(term, codes) for term in terms)
         return softmax(z, -1) @ self.net.loadings[m] * (1 + slope) + intercept
 
     def decode(self, z: Tensor, codes: Tensor, role: str) -> Tensor:
