@@ -18,6 +18,7 @@ from coembed.explain import differential_features
 from coembed.explain.differential import counted, expected_fdr
 from coembed.explain.levels import PSEUDOCOUNT
 from coembed.models.system import System
+from coembed.nn.sparse import dense
 
 MODEL = ["effect", "probability", "fdr", "level_a", "level_b"]
 
@@ -31,7 +32,7 @@ def known(trained, cells, monkeypatch: pytest.MonkeyPatch):
     """A model whose draws are known: z is what cells of type A have of rna0 .. rna4, and more."""
 
     def posterior(batch):
-        rate = batch.x["rna"][:, :5].mean(dim=1) > 8  # eightfold up in type A: 16 against 2
+        rate = dense(batch.x["rna"])[:, :5].mean(dim=1) > 8  # eightfold up in type A: 16 against 2
         return SimpleNamespace(sample=lambda: rate.float().unsqueeze(1))
 
     def decode(z: torch.Tensor, codes: torch.Tensor, role: str) -> torch.Tensor:
