@@ -69,7 +69,7 @@ class TotalVI(Model):
         learning_rate: float = param(4e-3, "Adam's learning rate", "original code", gt=0)
         batch_size: int = param(256, "cells in a minibatch", "original code", ge=2)
         max_epochs: int = param(100, "passes over the cells", "ours; original 400", ge=1)
-        min_steps: int = param(1400, MIN_STEPS, "ours: CITE pilots of 480-1,280 cells", ge=0)
+        min_steps: int = param(1100, MIN_STEPS, "ours: CITE pilots of 480-2,500 cells", ge=0)
         validation_fraction: float = param(0.0, VALIDATION, "ours; original 0.1", ge=0, lt=1)
         patience: int = param(45, "epochs without improvement before the end", "paper", ge=1)
         warm_up: float = param(0.53, WARM_UP, "original: 0.75 n of 1.4 n steps", ge=0, le=1)
