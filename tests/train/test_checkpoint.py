@@ -14,7 +14,7 @@ import toys
 from torch import nn
 from toys import train, two_stages
 
-from coembed.files import read_tensors
+from coembed.files import read_tensors, write_tensors
 from coembed.train.loop import Outcome
 
 Result = tuple[nn.Module, Outcome, list[dict[str, object]]]
@@ -95,6 +95,19 @@ def test_a_checkpoint_of_another_run_is_ignored(tmp_path: Path, undisturbed: Res
     file = tmp_path / "run.ckpt"
     with pytest.raises(KeyboardInterrupt):
         train(two_stages(interrupted_at(33)), seed=5, checkpoint=file, identity="another")
+    same(train(two_stages(), checkpoint=file, identity="toy"), undisturbed)
+
+
+def test_a_checkpoint_of_networks_of_other_shapes_is_ignored(
+    tmp_path: Path, undisturbed: Result
+) -> None:
+    """That of other code: the identity of a run does not see it."""
+    file = tmp_path / "run.ckpt"
+    with pytest.raises(KeyboardInterrupt):
+        train(two_stages(interrupted_at(33)), checkpoint=file, identity="toy")
+    tensors, about = read_tensors(file)
+    name = next(k for k, v in tensors.items() if k.startswith("module.") and v.dim() == 2)
+    write_tensors(file, tensors | {name: tensors[name].t()}, about)
     same(train(two_stages(), checkpoint=file, identity="toy"), undisturbed)
 
 

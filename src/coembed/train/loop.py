@@ -387,7 +387,7 @@ class Loop:
             tensors, about = read_tensors(self.checkpoint)
         except (OSError, ValueError):
             return None  # a checkpoint is a convenience: an unreadable one costs time, not results
-        if about.get("identity") != self.identity:
+        if about.get("identity") != self.identity or not self._fits(tensors):
             return None
         self.state = _State(**about["state"])
         self.rng.bit_generator.state = self.state.sampler
@@ -395,6 +395,11 @@ class Loop:
         if self.inputs.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.inputs.device)
         return tensors
+
+    def _fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Say whether the networks have these shapes; those of other code may not."""
+        now = {name: value.shape for name, value in self.module.state_dict().items()}
+        return now == {k: v.shape for k, v in _under("module.", tensors).items()}
 
     @contextlib.contextmanager
     def _bar(self) -> Iterator[Any]:
