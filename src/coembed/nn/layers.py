@@ -110,8 +110,7 @@ def batch_one_hot(codes: Tensor, n_batches: int) -> Tensor:
     """
     if n_batches == 1:
         return torch.empty(len(codes), 0, device=codes.device)
-    known = torch.eye(n_batches, device=codes.device)
-    return torch.cat([known, known.mean(0, keepdim=True)])[codes]
+    return rows_of_batches(torch.eye(n_batches, device=codes.device), codes)
 
 
 def rows_of_batches(table: Tensor, codes: Tensor) -> Tensor:

@@ -160,18 +160,19 @@ class _ScaledBernoulli(torch.autograd.Function):
         for k, start in enumerate(range(0, len(weight), size)):
             part, seen = slice(start, start + size), slice(ends[k], ends[k + 1])
             logit = torch.addmm(bias[part], h, weight[part].t())
-            at = by_feature.columns[seen] * logit.shape[1] + by_feature.rows[seen] - start
+            cells, features = by_feature.columns[seen], by_feature.rows[seen]
+            at = cells * logit.shape[1] + features - start
             log_open = logsigmoid(logit.view(-1)[at])
             # With p a chance, d log(1 - p) / d log p = -p / (1 - p); log p itself has slope 1.
             open_ = logit.sigmoid_()
             slope = torch.mul(open_, column[part]).mul_(row).neg_().clamp_(min=-LARGEST)
             log_closed = slope.log1p()
-            cells, features = by_feature.columns[seen], by_feature.rows[seen]
             gain = log_open + log_row[cells] + log_column[features] - log_closed.view(-1)[at]
             value += log_closed.sum(-1).index_add_(0, cells, gain)
             slope.div_(slope + 1).view(-1).index_fill_(0, at, 1)
             slope.mul_(shares)
-            by_column[part], by_row = slope.sum(0), by_row.add_(slope.sum(-1))
+            by_column[part] = slope.sum(0)
+            by_row += slope.sum(-1)
             by_logit = slope.mul_(open_.neg_().add_(1))
             by_h.addmm_(by_logit, weight[part])
             torch.mm(by_logit.t(), h, out=by_weight[part])
