@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from speed_parts import ratios, summary
+from speed_parts import ratios
 from speed_quality import reached
 
 Found = Mapping[str, Mapping[str, Any]]
@@ -53,7 +53,7 @@ def goals(found: Found) -> list[Row]:
     for name in STEP_GOALS:
         run = race(name, results.get("quality", {}))
         what = f"{TITLES[name]} to scvi-tools' final held-out objective"
-        judge(what, QUALITY_GOAL, run["ratio"] if run else None, "x")
+        judge(what, QUALITY_GOAL, run["ratio"]["median"] if run and run["ratio"] else None, "x")
     for part, result in results.get("floor", {}).items():
         name = part.split()[0]
         share = result["floor_seconds"] / median(result["seconds_per_step"])
@@ -73,23 +73,26 @@ def goals(found: Found) -> list[Row]:
 def race(name: str, results: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return when ours and scvi-tools' trainings were at the latter's final objective.
 
-    None without both sides. Times are medians; `ours` is None where half of the trainings or more
-    never got there.
+    None without both sides and the pace of both. Seconds are epochs times the pace, a number per
+    repeat; `ours` is None where half of the trainings or more never got there.
     """
     theirs = [r for part, r in results.items() if part.startswith(f"{name} scvi")]
     ours = [r for part, r in results.items() if part.startswith(f"{name} ours")]
-    if not theirs or not ours:
+    pace = results.get(f"{name} pace", {}).get("seconds_per_epoch")
+    if not theirs or not ours or pace is None:
         return None
     target = median(r["final"] for r in theirs)
-    times = [reached(r["curve"], target) for r in ours]
-    found = [t for t in times if t is not None]
-    time = median(found) if 2 * len(found) > len(times) else None
-    first = [t for r in theirs if (t := reached(r["curve"], target)) is not None]
-    whole = median(r["seconds"] for r in theirs)
+    epochs = [reached(r["curve"], target) for r in ours]
+    found = [n for n in epochs if n is not None]
+    first = [n for r in theirs if (n := reached(r["curve"], target)) is not None]
+    whole = [median(r["epochs"] for r in theirs) * s for s in pace["scvi"]]
+    there = [median(found) * s for s in pace["ours"]] if 2 * len(found) > len(epochs) else None
     return {
-        "target": target, "theirs": whole, "theirs_first": median(first) if first else None,
-        "ours": time, "spread": summary(found) if found else None, "got_there": len(found),
-        "of": len(times), "ratio": None if time is None else whole / time,
+        "target": target, "theirs": whole, "their_epochs": median(r["epochs"] for r in theirs),
+        "their_first": median(first) if first else None,
+        "ours": there, "our_epochs": found, "of": len(epochs),
+        "our_whole": [median(r["epochs"] for r in ours) * s for s in pace["ours"]],
+        "ratio": ratios(there, whole) if there else None,
     }  # fmt: skip
 
 

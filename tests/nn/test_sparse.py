@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from coembed.data.minibatches import as_csr
 from coembed.nn.likelihoods import (
     log_choose,
-    log_choose_few,
     multinomial,
     negative_binomial,
     negative_binomial_mean,
@@ -45,8 +44,8 @@ def test_entries_sums_and_scales_of_csr_rows_are_those_of_dense_rows(
 ) -> None:
     dense, csr = minibatch(seed, density)
     a, b = Entries(dense), Entries(csr)
-    for name in ("x", "index", "rows", "columns"):
-        torch.testing.assert_close(getattr(a, name), getattr(b, name))
+    for name in ("x", "index", "rows", "columns", "starts"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), check_dtype=False)
     for values in (leaf(seed, 6, 9), leaf(seed, 6, 1), leaf(seed, 9)):
         torch.testing.assert_close(a.of(values), values.expand(6, 9)[dense > 0])
     torch.testing.assert_close(a.sum(a.x), dense.sum(-1))
@@ -138,34 +137,30 @@ def test_a_likelihood_over_entries_is_the_dense_formula_in_value_and_gradient(
             torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", [log_choose, log_choose_few])
 @given(
     x=st.lists(st.one_of(st.integers(1, 10_000), st.floats(0.01, 50)), min_size=1, max_size=8),
     log_r=st.floats(-14, 16),
 )
 def test_binomial_coefficients_and_their_slopes(
-    function: Callable[..., Tensor], x: list[float], log_r: float
+    x: list[float], log_r: float
 ) -> None:
     counts = torch.tensor(x, dtype=torch.float64)
     r = torch.full_like(counts, float(np.exp(log_r))).requires_grad_()
     exact = torch.lgamma(counts + r) - torch.lgamma(r) - torch.lgamma(counts + 1)
     slope = torch.digamma(counts + r) - torch.digamma(r)
-    ours = function(counts, r)
+    ours = log_choose(counts, r)
     scale = 1e-9 * (1 + float(r.detach().max()))  # torch's own differences lose digits
     torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9 + scale)
     (gradient,) = torch.autograd.grad(ours.sum(), r)
     torch.testing.assert_close(gradient, slope, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("function", [log_choose, log_choose_few])
-def test_binomial_coefficients_keep_their_digits_in_single_precision(
-    function: Callable[..., Tensor],
-) -> None:
+def test_binomial_coefficients_keep_their_digits_in_single_precision() -> None:
     x = torch.tensor([1.0, 2, 5, 8, 9, 300])
     for r in (1e-6, 0.3, 50.0, 1e5, 1e7):
         r = float(np.float32(r))
         exact = stats.nbinom.logpmf(x.numpy(), r, 0.5) - (r + x.numpy()) * np.log(0.5)
-        ours = function(x, torch.full_like(x, r))
+        ours = log_choose(x, torch.full_like(x, r))
         np.testing.assert_allclose(ours, exact, rtol=2e-6, atol=2e-6 + 1e-8 * r)
 
 

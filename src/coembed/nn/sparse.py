@@ -21,6 +21,18 @@ from coembed.data.minibatches import as_csr
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
+def fused(x: Tensor) -> bool:
+    """Say whether `kernels` can compute with a tensor: on the CPU, in single precision."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def run(kernel: str, *arguments: Tensor | None) -> None:
+    """Call one of the `kernels`, which are imported, with numba, when the first is needed."""
+    from coembed.nn import kernels
+
+    kernels.run(getattr(kernels, kernel), *arguments)
+
+
 class Entries:
     """Where a minibatch is not 0.
 
@@ -35,23 +47,38 @@ class Entries:
     def __init__(self, x: Tensor) -> None:
         self.shape = x.shape
         if x.layout == torch.sparse_csr:
-            each = x.crow_indices().diff().long()
-            self.rows = torch.repeat_interleave(each, output_size=x.values().numel())
-            self.columns, self.x = x.col_indices().long(), x.values()
-            self.index = self.rows * x.shape[-1] + self.columns
-        else:
-            self.index = x.flatten().nonzero().squeeze(-1)
-            self.x = x.flatten()[self.index]
+            self.starts, self.columns, self.x = x.crow_indices(), x.col_indices(), x.values()
+            return
+        self.index = x.flatten().nonzero().squeeze(-1)
+        self.x = x.flatten()[self.index]
+
+    @cached_property
+    def index(self) -> Tensor:
+        """(n,) int64, the place of every entry, row after row."""
+        return self.rows * self.shape[-1] + self.columns
 
     @cached_property
     def rows(self) -> Tensor:
         """(n,) int64, the row of every entry."""
+        if "starts" in vars(self):
+            return torch.repeat_interleave(self.starts.diff().long(), output_size=len(self.x))
         return torch.div(self.index, self.shape[-1], rounding_mode="floor")
 
     @cached_property
     def columns(self) -> Tensor:
-        """(n,) int64, the column of every entry."""
+        """(n,) integers, the column of every entry."""
         return self.index - self.rows * self.shape[-1]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(b + 1,) integers, where the entries of every row start."""
+        each = torch.bincount(self.rows, minlength=self.shape[0])
+        return torch.cat([each.new_zeros(1), each.cumsum(0)])
+
+    @property
+    def csr(self) -> tuple[Tensor, Tensor, Tensor]:
+        """int32 starts and columns, values: what kernels take."""
+        return self.starts.int(), self.columns.int(), self.x
 
     @classmethod
     def of_counts(cls, x: Tensor | Entries) -> Entries:
@@ -64,7 +91,7 @@ class Entries:
             return values.flatten().index_select(0, self.index)
         if values.dim() == 2 and values.shape[-1] == 1:
             return values.squeeze(-1).index_select(0, self.rows)
-        return values.flatten().index_select(0, self.columns)
+        return values.flatten().expand(self.shape[-1]).index_select(0, self.columns)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over every row, (b,), of one value per entry, (n,)."""
@@ -142,9 +169,11 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        # In place, as `@` would fill the result with zeros and copy them first.
+        if not fused(gradient):
+            return None, transposed(ctx.x) @ gradient
         by_weight = gradient.new_empty(ctx.x.shape[1], gradient.shape[1])
-        return None, by_weight.addmm_(transposed(ctx.x), gradient, beta=0)
+        run("transposed_product", *Entries(ctx.x).csr, gradient.contiguous(), by_weight)
+        return None, by_weight
 
 
 def transposed(x: Tensor) -> Tensor:

@@ -1,0 +1,333 @@
+"""Loops over the numbers of a minibatch that PyTorch would make a dozen passes over (CPU, float32).
+
+Each computes values and gradients at once and writes them where it is told. What they compute is
+defined in `likelihoods` and `sparse`; tests hold both equal. They are compiled at the first call
+and kept on disk, as every package that uses numba does.
+"""
+
+# Loops write to few arrays each, without branches: the compiler then uses vector instructions.
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+OPTIONS: dict[str, Any] = {
+    "parallel": True,
+    "cache": True,
+    "error_model": "numpy",  # a division by 0 is infinite
+    "fastmath": {"contract", "nsz", "arcp", "afn"},  # all but another order of operations
+}
+
+_one_at_a_time = threading.Lock()  # some of numba's threading layers need it
+
+f32, i32 = np.float32, np.int32
+
+
+def run(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Call a kernel on tensors, which it may write to, with as many threads as PyTorch has."""
+    arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    threads = torch.get_num_threads()
+    with _one_at_a_time:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        kernel(*arrays)
+        if torch.get_num_threads() != threads:  # numba sets it when it starts its own
+            torch.set_num_threads(threads)
+
+
+# -- elementary functions, of single precision ----------------------------------------------------
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_float(context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_bits(context: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), generate
+
+
+@njit(inline="always", error_model="numpy")
+def _exp(x):
+    """Return e^x, for x cut off at -87 and 88, by Cephes' polynomial: relative error 1e-7."""
+    x = f32(-87.0) if x < f32(-87.0) else x  # `max` would lose what is not a number
+    x = f32(88.0) if x > f32(88.0) else x
+    k = f32(math.floor(x * f32(1.44269504) + f32(0.5)))
+    rest = x - k * f32(0.693359375) + k * f32(2.12194440e-4)
+    p = f32(1.9875691500e-4) * rest + f32(1.3981999507e-3)
+    p = p * rest + f32(8.3334519073e-3)
+    p = p * rest + f32(4.1665795894e-2)
+    p = p * rest + f32(1.6666665459e-1)
+    p = p * rest + f32(5.0000001201e-1)
+    return (p * rest * rest + rest + f32(1)) * _as_float((i32(k) + i32(127)) << i32(23))
+
+
+@njit(inline="always", error_model="numpy")
+def _log(x):
+    """Return log x of a normal number above 0, by Cephes' polynomial: relative error 1e-7."""
+    bits = _as_bits(x)
+    exponent = (bits - i32(0x3F3504F3)) >> i32(23)
+    m = _as_float(bits - (exponent << i32(23))) - f32(1)
+    p = f32(7.0376836292e-2) * m + f32(-1.1514610310e-1)
+    p = p * m + f32(1.1676998740e-1)
+    p = p * m + f32(-1.2420140846e-1)
+    p = p * m + f32(1.4249322787e-1)
+    p = p * m + f32(-1.6668057665e-1)
+    p = p * m + f32(2.0000714765e-1)
+    p = p * m + f32(-2.4999993993e-1)
+    p = p * m + f32(3.3333331174e-1)
+    square, k = m * m, f32(exponent)
+    tail = p * m * square + k * f32(-2.12194440e-4) - f32(0.5) * square
+    return m + tail + k * f32(0.693359375)
+
+
+@njit(inline="always", error_model="numpy")
+def _log1p(x):
+    """Return log(1 + x) for x >= 0, exact where x is small."""
+    y = f32(1) + x
+    return _log(y) + (x - (y - f32(1))) / y
+
+
+@njit(fastmath=True, error_model="numpy")
+def _sum(values):
+    total = 0.0
+    for start in range(0, values.size, 4096):  # in double precision from here on
+        part = f32(0)
+        for i in range(start, min(start + 4096, values.size)):
+            part += values[i]
+        total += part
+    return total
+
+
+# -- binomial coefficients ------------------------------------------------------------------------
+
+
+@njit(error_model="numpy")
+def _log_gamma(y):
+    """Return log Gamma(y) for y > 0 by Stirling's series, up to 8 steps up, in double precision."""
+    rising = 1.0
+    while y < 8:
+        rising *= y
+        y += 1
+    inverse = 1 / y
+    square = inverse * inverse
+    series = inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680)))
+    return (y - 0.5) * math.log(y) - y + 0.5 * math.log(2 * math.pi) + series - math.log(rising)
+
+
+@njit(error_model="numpy")
+def _digamma(y):
+    """Return the derivative of log Gamma at y > 0, in double precision."""
+    below = 0.0
+    while y < 8:
+        below += 1 / y
+        y += 1
+    inverse = 1 / y
+    square = inverse * inverse
+    series = square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square / 240)))
+    return math.log(y) - 0.5 * inverse - series - below
+
+
+@njit(error_model="numpy")
+def _log_choose(x, r):
+    """Return log of Gamma(x + r) / (Gamma(r) x!) and its derivative by r, in double precision."""
+    x, r = np.float64(x), np.float64(r)  # `float` would keep them single
+    if x <= 8 and x == math.floor(x):
+        product, slope = 1.0, 0.0
+        for k in range(int(x)):
+            product *= (r + k) / (k + 1)
+            slope += 1 / (r + k)
+        return math.log(product), slope
+    value = _log_gamma(x + r) - _log_gamma(r) - _log_gamma(x + 1)
+    return value, _digamma(x + r) - _digamma(r)
+
+
+@njit(**OPTIONS)
+def log_choose(x, r, value, by_r):
+    """Write log-binomial coefficients of x and r and their derivatives by r; all of one shape."""
+    for i in prange(x.size):
+        value[i], by_r[i] = _log_choose(x[i], r[i])
+
+
+# -- likelihoods ----------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def negative_binomial(starts, columns, counts, r, odds, gate, value, by_r, by_odds, by_gate):
+    """Write the log-probability of every cell under a negative binomial, and its gradients.
+
+    Args:
+        starts: (b + 1,) where the entries of each cell start.
+        columns: (n,) the feature of every entry.
+        counts: (n,) its count, not 0.
+        r: (b, P) or (1, P) total counts.
+        odds: (b, P) of success.
+        gate: (b, P) logit of an extra zero, or None.
+        value: (b,) written to.
+        by_r: (b, P) written to, as are by_odds and, with a gate, by_gate.
+        by_odds: see by_r.
+        by_gate: see by_r; None without a gate.
+    """
+    n, width = odds.shape
+    for i in prange(n):
+        zero, kept, less = np.empty(width, f32), np.empty(width, f32), np.empty(width, f32)
+        row, o = (r[i] if r.shape[0] > 1 else r[0]), odds[i]
+        for j in range(width):
+            by_r[i, j] = -_log1p(o[j])
+        for j in range(width):
+            by_odds[i, j] = -row[j] / (f32(1) + o[j])
+        for j in range(width):
+            zero[j] = row[j] * by_r[i, j]
+        if gate is not None:
+            # A 0 is an extra one or, with the chance `kept`, one of the negative binomial.
+            g = gate[i]
+            for j in range(width):
+                less[j] = _exp(-abs(g[j] - zero[j]))
+            for j in range(width):
+                share = less[j] / (f32(1) + less[j])
+                kept[j] = share if g[j] > zero[j] else f32(1) - share
+                zero[j] = g[j] if g[j] > zero[j] else zero[j]
+            for j in range(width):
+                zero[j] += _log1p(less[j])
+            for j in range(width):
+                by_r[i, j] *= kept[j]
+            for j in range(width):
+                by_odds[i, j] *= kept[j]
+            for j in range(width):
+                less[j] = _exp(-abs(g[j]))
+            for j in range(width):
+                share = less[j] / (f32(1) + less[j])
+                by_gate[i, j] = (share if g[j] > f32(0) else f32(1) - share) - kept[j]
+                zero[j] -= g[j] if g[j] > f32(0) else f32(0)
+            for j in range(width):
+                zero[j] -= _log1p(less[j])
+        gain = 0.0
+        for e in range(starts[i], starts[i + 1]):  # in place of what was written for a 0
+            j, x = columns[e], counts[e]
+            log1p = _log1p(o[j])
+            choose, slope = _log_choose(x, row[j])
+            gain += choose + x * (_log(o[j]) - log1p) - row[j] * log1p - zero[j]
+            by_r[i, j] = slope - log1p
+            by_odds[i, j] = (x / o[j] - row[j]) / (f32(1) + o[j])
+            if gate is not None:
+                small = _exp(-abs(g[j]))
+                share = small / (f32(1) + small)
+                by_gate[i, j] = share - f32(1) if g[j] > f32(0) else -share
+                gain -= max(g[j], f32(0)) + _log1p(small)
+        value[i] = gain + _sum(zero)
+
+
+@njit(**OPTIONS)
+def scaled_bernoulli(
+    starts, columns, logit, log_row, log_column, weights, value, by_bias, by_row, by_column
+):
+    """Write the log-probability of every cell under a Bernoulli, and its weighted gradients.
+
+    Feature j of cell i is open with probability sigmoid(logit) exp(log_row + log_column).
+
+    Args:
+        starts: (b + 1,) where the entries of each cell start: what is open.
+        columns: (n,) the feature of every entry.
+        logit: (b, P), in whose place the gradient is written.
+        log_row: (b,) at most 0.
+        log_column: (P,) at most 0.
+        weights: (b,) of the cells in all gradients.
+        value: (b,) written to, without weights.
+        by_bias: (parts, P) written to, the sum of the gradient over some cells; as are by_row, (b,),
+            and by_column, (parts, P).
+        by_row: see by_bias.
+        by_column: see by_bias.
+    """
+    n, width = logit.shape
+    parts = by_bias.shape[0]
+    factor = np.exp(log_column)
+    for part in prange(parts):
+        closed, slope = np.empty(width, f32), np.empty(width, f32)
+        open_ = np.empty(width, f32)  # the logits of the entries
+        by_bias[part], by_column[part] = f32(0), f32(0)
+        for i in range(part * n // parts, (part + 1) * n // parts):
+            row, weight, h = f32(math.exp(log_row[i])), weights[i], logit[i]
+            first, last = starts[i], starts[i + 1]
+            for k in range(last - first):
+                open_[k] = h[columns[first + k]]
+            for j in range(width):
+                less = _exp(-abs(h[j]))
+                share = less / (f32(1) + less)
+                other = share if h[j] > f32(0) else f32(1) - share
+                chance = (f32(1) - other) * factor[j] * row
+                chance = LARGEST if chance > LARGEST else chance
+                closed[j] = -chance
+                # d log(1 - chance) / d log chance; log chance itself has slope 1.
+                by_chance = -weight * chance / (f32(1) - chance)
+                slope[j] = by_chance
+                h[j] = by_chance * other
+            for j in range(width):
+                closed[j] = _log1p(closed[j])
+            gain = 0.0
+            for k in range(last - first):
+                j, own = columns[first + k], open_[k]
+                less = _exp(-abs(own))
+                log_open = min(own, f32(0)) - _log1p(less) + log_row[i] + log_column[j]
+                gain += log_open - closed[j]
+                slope[j] = weight
+                h[j] = weight * (less if own > f32(0) else f32(1)) / (f32(1) + less)
+            value[i], by_row[i] = gain + _sum(closed), _sum(slope)
+            for j in range(width):
+                by_column[part, j] += slope[j]
+            for j in range(width):
+                by_bias[part, j] += h[j]
+
+
+LARGEST = f32(1 - 2**-20)
+"""Largest chance, for which a 0 still has a logarithm that single precision can tell."""
+
+
+# -- products -------------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def transposed_product(starts, columns, values, right, product):
+    """Write x^T right for CSR x.
+
+    Args:
+        starts: (b + 1,) where the entries of each row of x start.
+        columns: (n,) the column of every entry.
+        values: (n,) its value.
+        right: (b, H).
+        product: (P, H) written to.
+    """
+    width, n = product.shape[0], columns.size
+    rows, factors = np.empty(n, i32), np.empty(n, f32)
+    first = np.zeros(width + 2, np.int64)  # where the entries of each column go, sorted
+    for e in range(n):
+        first[columns[e] + 2] += 1
+    for j in range(2, width + 2):
+        first[j] += first[j - 1]
+    for i in range(starts.size - 1):
+        for e in range(starts[i], starts[i + 1]):
+            place = first[columns[e] + 1]
+            rows[place], factors[place] = i, values[e]
+            first[columns[e] + 1] = place + 1
+    for j in prange(width):
+        out = product[j]
+        out[:] = f32(0)
+        for e in range(first[j], first[j + 1]):
+            factor, row = factors[e], right[rows[e]]
+            for h in range(out.size):
+                out[h] += factor * row[h]
