@@ -94,13 +94,14 @@ class Products:
     Attributes:
         shapes: of the dense ones, each with its number.
         sparse: floating-point operations of those with a sparse factor.
+        own: those of our own kernels, which also have one.
         other: operations a step does otherwise, as PyTorch counts them (attention).
         steps: in how many steps.
     """
 
     def __init__(self) -> None:
         self.shapes: Counter[Shape] = Counter()
-        self.sparse, self.other, self.steps = 0, 0.0, 0
+        self.sparse, self.own, self.other, self.steps = 0, 0, 0.0, 0
 
     def product(self, a: Tensor, b: Tensor) -> int:
         """Note the product of two matrices, or of two stacks of them."""
@@ -138,7 +139,6 @@ class Products:
             formula._get_raw = True  # type: ignore[attr-defined]
         return formulas
 
-
     @contextmanager
     def kernels(self) -> Iterator[None]:
         """Note the products of our own kernels too, which PyTorch does not see."""
@@ -146,8 +146,8 @@ class Products:
 
         def counting(kernel: str, *arguments: Any) -> None:
             if kernel == "transposed_product":
-                starts, columns, values, right, product = arguments
-                self.sparse += 2 * len(values) * right.shape[1]
+                _, _, values, right, _ = arguments
+                self.own += 2 * len(values) * right.shape[1]
             run(kernel, *arguments)
 
         with patch.object(sparse, "run", counting):
@@ -156,21 +156,23 @@ class Products:
 
 def counted(name: str, cells: Cells) -> Products:
     """Return the products of the second of three epochs."""
-    products, total = Products(), [0]
-    seen: list[tuple[Counter[Shape], int, int]] = []
+    products = Products()
+    seen: list[tuple[Counter[Shape], int, int, int]] = []
     counter = FlopCounterMode(display=False, custom_mapping=products.formulas())
 
     def tick(stage: str, model: Any) -> None:
-        seen.append((products.shapes.copy(), products.sparse, counter.get_total_flops()))
+        counts = products.sparse, products.own, counter.get_total_flops()
+        seen.append((products.shapes.copy(), *counts))
 
     with counter, products.kernels():
         model = train_ours(name, cells, tick, epochs=3)
-    (shapes, sparse, total), (shapes_after, sparse_after, total_after) = seen[1:3]
+    (shapes, *before), (shapes_after, *after) = seen[1:3]
+    sparse, own, total = (b - a for a, b in zip(before, after, strict=True))
     assert model.outcome is not None
     products.steps = model.outcome.steps // model.outcome.epochs
-    products.shapes, products.sparse = shapes_after - shapes, sparse_after - sparse
+    products.shapes, products.sparse = shapes_after - shapes, sparse + own
     dense = sum(n * flops(shape) for shape, n in products.shapes.items())
-    products.other = (total_after - total - dense - products.sparse) / products.steps
+    products.other = (total - dense - sparse) / products.steps
     return products
 
 

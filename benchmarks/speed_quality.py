@@ -3,10 +3,11 @@
 The objective is the negative evidence lower bound per cell, reconstruction of every modality plus
 KL terms at weight 1, of cells that neither side trains on, each encoded from its own counts. After
 how many epochs each side is where is one measurement; how long an epoch takes, by turns on a quiet
-machine, is another. The objective is evaluated by one function for both sides, our loss: scvi-tools' weights are copied into our
-networks, whose likelihoods have the same constants (the parity tests). In evaluation mode, with the
-same noise every time. The batches' classifier, the experts' distance (MultiVI) and the priors of
-efficiency and background (totalVI) are terms of the training, not of it.
+machine, is another. The objective is evaluated by one function for both sides, our loss:
+scvi-tools' weights are copied into our networks, whose likelihoods have the same constants (the
+parity tests). In evaluation mode, with the same noise every time. The batches' classifier, the
+experts' distance (MultiVI) and the priors of efficiency and background (totalVI) are terms of the
+training, not of it.
 """
 
 from __future__ import annotations

@@ -140,10 +140,9 @@ def test_a_sparse_factor_counts_by_its_entries() -> None:
     products, layer = Products(), Linear(20, 8)
     x = torch.zeros(5, 20)
     x[[0, 0, 1, 3, 4], [2, 7, 7, 11, 19]] = 1.0
-    with FlopCounterMode(display=False, custom_mapping=products.formulas()):
-        with products.kernels():
-            layer(x.to_sparse_csr()).sum().backward()
-    assert products.sparse == 2 * (2 * 5 * 8)
+    with FlopCounterMode(display=False, custom_mapping=products.formulas()), products.kernels():
+        layer(x.to_sparse_csr()).sum().backward()
+    assert products.sparse == products.own == 2 * 5 * 8
     assert not products.shapes
 
 

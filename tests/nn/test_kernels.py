@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from coembed.data.minibatches import as_csr
 from coembed.nn import likelihoods
-from coembed.nn.likelihoods import negative_binomial, negative_binomial_mean, scaled_bernoulli
+from coembed.nn.likelihoods import (
+    multinomial,
+    negative_binomial,
+    negative_binomial_mean,
+    scaled_bernoulli,
+)
 from coembed.nn.sparse import Linear
 
 N_CELLS, N_FEATURES = 7, 45  # more features than a vector has numbers, and not a multiple
@@ -36,10 +41,13 @@ CASES: dict[str, Case] = {
     "negative binomial by its mean": lambda x, p, w: (
         negative_binomial_mean(x, p[0].exp(), p[1][0].exp()).sum() @ w
     ),
-    "one total count for all": lambda x, p, w: negative_binomial(x, p[0][0, 0].exp(), p[1]).sum() @ w,
+    "one total count for all": lambda x, p, w: (
+        negative_binomial(x, p[0][0, 0].exp(), p[1]).sum() @ w
+    ),
     "zero-inflated negative binomial": lambda x, p, w: (
         negative_binomial(x, p[0].exp(), p[1]).zero_inflated(p[2]).sum() @ w
     ),
+    "multinomial": lambda x, p, w: multinomial(x, p[0]) @ w,
     "Bernoulli of peaks": bernoulli_of_peaks,
 }
 
@@ -105,7 +113,8 @@ def test_threads_do_not_change_what_is_computed() -> None:
 def test_no_cell_and_no_entry() -> None:
     empty = torch.zeros(0, 3, requires_grad=True)
     negative_binomial(empty.detach(), empty + 1, empty).sum().sum().backward()
-    assert empty.grad is not None and empty.grad.shape == (0, 3)
+    assert empty.grad is not None
+    assert empty.grad.shape == (0, 3)
     zeros, r = torch.zeros(2, 3), torch.full((2, 3), 2.0)
     torch.testing.assert_close(
         negative_binomial(zeros, r, zeros).sum(), torch.full((2,), -6 * np.log(2))
@@ -139,5 +148,6 @@ def test_what_is_not_a_number_is_passed_on() -> None:
         arguments[where][0, 2] = torch.nan
         r, logit, gate = arguments
         assert negative_binomial(x, r, logit).zero_inflated(gate).sum().isnan()
+        assert where or multinomial(x, r).isnan()
         if where < 2:
             assert negative_binomial(x, r, logit).sum().isnan()

@@ -141,9 +141,7 @@ def test_a_likelihood_over_entries_is_the_dense_formula_in_value_and_gradient(
     x=st.lists(st.one_of(st.integers(1, 10_000), st.floats(0.01, 50)), min_size=1, max_size=8),
     log_r=st.floats(-14, 16),
 )
-def test_binomial_coefficients_and_their_slopes(
-    x: list[float], log_r: float
-) -> None:
+def test_binomial_coefficients_and_their_slopes(x: list[float], log_r: float) -> None:
     counts = torch.tensor(x, dtype=torch.float64)
     r = torch.full_like(counts, float(np.exp(log_r))).requires_grad_()
     exact = torch.lgamma(counts + r) - torch.lgamma(r) - torch.lgamma(counts + 1)

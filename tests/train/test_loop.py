@@ -290,8 +290,8 @@ def test_a_bad_step_goes_back_and_on_at_a_tenth_of_the_rate(bad: float) -> None:
     assert all(p.isfinite().all() for p in net.state_dict().values())
 
 
-def test_the_rate_is_lowered_in_the_optimiser() -> None:
-    """At a rate of 1e-3 of itself a step moves the weights a thousandth as far."""
+def moves_of_a_training(bad: int = -1, *, guard: Guard | None = None, **stage: Any) -> list[float]:
+    """Return how far the weights moved at each step; the loss of step `bad` is not a number."""
     moves: list[float] = []
 
     def make(net: nn.Module) -> list[Stage]:
@@ -301,13 +301,25 @@ def test_the_rate_is_lowered_in_the_optimiser() -> None:
             now = [p.detach().clone() for p in net.parameters()]
             moves.append(max(float((a - b).abs().max()) for a, b in zip(now, last, strict=True)))
             last[:] = now
-            return math.nan if call == 12 else 1.0
+            return math.nan if call == bad else 1.0
 
-        return [line_stage(net, hook=hook)]
+        return [line_stage(net, hook=hook, **stage)]
 
-    train(make, guard=Guard(slowdown=1e-3))
+    train(make, guard=guard)
+    return moves
+
+
+def test_the_rate_is_lowered_in_the_optimiser() -> None:
+    """At a rate of 1e-3 of itself a step moves the weights a thousandth as far."""
+    moves = moves_of_a_training(12, guard=Guard(slowdown=1e-3))
     before, after = max(moves[1:12]), max(moves[17:])
     assert after < 5e-3 * before
+
+
+def test_an_annealed_rate_is_the_optimisers() -> None:
+    plain, annealed = moves_of_a_training(), moves_of_a_training(anneal=0.5)
+    assert plain[:31] == annealed[:31], "half of the plan's sixty steps at the full rate"
+    assert max(annealed[-3:]) < 0.2 * max(plain[-3:])
 
 
 def test_restarts_are_counted_and_each_is_slower() -> None:

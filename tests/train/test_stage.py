@@ -10,7 +10,7 @@ from torch import nn
 from toys import Line, line_stage
 
 from coembed.train.guard import Guard
-from coembed.train.stage import Clock, Player, WarmUp
+from coembed.train.stage import Anneal, Clock, Player, WarmUp
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,16 @@ def test_the_guard_looks_at_every_term_in_the_first_round_too() -> None:
     assert Guard().complaint({"loss": 1e9}, {}) is None
     assert Guard().complaint({"loss": 1.0, "kl": np.nan}, {}) == "kl is nan"
     assert Guard(explosion=2.0).complaint({"loss": 11.0}, {"loss": 5.0}) is not None
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"), [(0, 1.0), (75, 1.0), (80, 0.8), (99, 0.04), (100, 0.0)]
+)
+def test_an_annealed_rate_falls_linearly_over_the_last_share_of_the_plan(
+    step: int, factor: float
+) -> None:
+    clock = Clock(step, 100)
+    assert Anneal(0.25)(clock) == pytest.approx(factor)
+    player = Player("p", [nn.Linear(2, 1)], lambda batch, clock: {}, lr=0.01, anneal=0.25)
+    assert player.rate(clock) == pytest.approx(0.01 * factor)
+    assert Player("p", [], lambda batch, clock: {}, lr=0.01).rate(clock) == 0.01

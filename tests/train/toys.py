@@ -77,13 +77,14 @@ def line_stage(
     patience: int = 20,
     weights: Mapping[str, Weight] | None = None,
     lr: float = 1e-2,
+    anneal: float = 0.0,
     name: str = "fit",
     loss: Any = None,
 ) -> Stage:
     rows, validation = np.arange(50), np.arange(50, 60)
     return Stage(
         name=name,
-        players=[Player("line", [net], loss or line_loss(net, hook), weights or {}, lr=lr)],
+        players=[Player("line", [net], loss or line_loss(net, hook), weights or {}, lr, anneal)],
         sampler=Shuffled([(("xy",), rows)], 10),
         epochs=epochs,
         validation=Shuffled([(("xy",), validation)], 4).sweep() if held_back else (),

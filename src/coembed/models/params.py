@@ -59,6 +59,7 @@ MIN_STEPS = (
 )
 
 WARM_UP = "share of the plan over which the KL's weight rises from 0 to 1"
+ANNEAL = "share of the plan, at its end, over which the learning rate falls to 0"
 VALIDATION = "share of the training cells held back to find the best weights (0: keep the last)"
 
 

@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
 
 _one_at_a_time = threading.Lock()  # some of numba's threading layers need it
 
-f32, i32 = np.float32, np.int32
+f32, i32, u32 = np.float32, np.int32, np.uint32
 
 
 def run(kernel: Callable[..., None], *arguments: Any) -> None:
@@ -47,7 +47,7 @@ def run(kernel: Callable[..., None], *arguments: Any) -> None:
 # -- elementary functions, of single precision ----------------------------------------------------
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_float(context: Any, bits: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(types.float32))
@@ -55,7 +55,7 @@ def _as_float(context: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_bits(context: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(types.int32))
@@ -115,6 +115,14 @@ def _sum(values):
     return total
 
 
+@njit(fastmath=True, error_model="numpy")
+def _largest(values):
+    largest = f32(-np.inf)
+    for i in range(values.size):
+        largest = max(largest, values[i])
+    return largest
+
+
 # -- binomial coefficients ------------------------------------------------------------------------
 
 
@@ -149,11 +157,12 @@ def _log_choose(x, r):
     """Return log of Gamma(x + r) / (Gamma(r) x!) and its derivative by r, in double precision."""
     x, r = np.float64(x), np.float64(r)  # `float` would keep them single
     if x <= 8 and x == math.floor(x):
-        product, slope = 1.0, 0.0
+        rising, by_r, factorial = 1.0, 0.0, 1.0  # r (r + 1) ... (r + x - 1) over x!
         for k in range(int(x)):
-            product *= (r + k) / (k + 1)
-            slope += 1 / (r + k)
-        return math.log(product), slope
+            by_r = by_r * (r + k) + rising
+            rising *= r + k
+            factorial *= k + 1
+        return math.log(rising / factorial), by_r / rising
     value = _log_gamma(x + r) - _log_gamma(r) - _log_gamma(x + 1)
     return value, _digamma(x + r) - _digamma(r)
 
@@ -234,6 +243,35 @@ def negative_binomial(starts, columns, counts, r, odds, gate, value, by_r, by_od
 
 
 @njit(**OPTIONS)
+def multinomial(starts, columns, counts, logits, value, by_logits):
+    """Write the log-probability of every cell under a multinomial, and its gradient.
+
+    Args:
+        starts: (b + 1,) where the entries of each cell start.
+        columns: (n,) the feature of every entry.
+        counts: (n,) its count, not 0.
+        logits: (b, P), of the shares before the softmax.
+        value: (b,) written to.
+        by_logits: (b, P) written to.
+    """
+    n, width = logits.shape
+    for i in prange(n):
+        largest = _largest(logits[i])
+        for j in range(width):
+            by_logits[i, j] = _exp(logits[i, j] - largest)
+        total, depth, gain = _sum(by_logits[i]), 0.0, 0.0
+        for e in range(starts[i], starts[i + 1]):
+            depth += counts[e]
+            gain += counts[e] * (logits[i, columns[e]] - largest)
+        factor = f32(-depth / total)
+        for j in range(width):
+            by_logits[i, j] *= factor
+        for e in range(starts[i], starts[i + 1]):
+            by_logits[i, columns[e]] += counts[e]
+        value[i] = gain - depth * math.log(total)
+
+
+@njit(**OPTIONS)
 def scaled_bernoulli(
     starts, columns, logit, log_row, log_column, weights, value, by_bias, by_row, by_column
 ):
@@ -249,10 +287,9 @@ def scaled_bernoulli(
         log_column: (P,) at most 0.
         weights: (b,) of the cells in all gradients.
         value: (b,) written to, without weights.
-        by_bias: (parts, P) written to, the sum of the gradient over some cells; as are by_row, (b,),
-            and by_column, (parts, P).
-        by_row: see by_bias.
-        by_column: see by_bias.
+        by_bias: (parts, P) written to: the gradient, of some cells each.
+        by_row: (b,) written to.
+        by_column: (parts, P) written to, as by_bias.
     """
     n, width = logit.shape
     parts = by_bias.shape[0]
@@ -331,3 +368,26 @@ def transposed_product(starts, columns, values, right, product):
             factor, row = factors[e], right[rows[e]]
             for h in range(out.size):
                 out[h] += factor * row[h]
+
+
+# -- noise ----------------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def dropout(x, seed, level, scale, kept):
+    """Write x scaled up, or 0 where 32 hashed bits of seed and place are below `level`.
+
+    Args:
+        x: (n,).
+        seed: any uint32; the same one drops the same places.
+        level: uint32.
+        scale: of what is kept.
+        kept: (n,) written to.
+    """
+    for i in prange(x.size):
+        # lowbias32, by Christopher Wellons; numba would go on with 64 bits.
+        bits = u32(u32(i) * u32(0x9E3779B1) + seed)
+        bits = u32((bits ^ (bits >> u32(16))) * u32(0x7FEB352D))
+        bits = u32((bits ^ (bits >> u32(15))) * u32(0x846CA68B))
+        bits = bits ^ (bits >> u32(16))
+        kept[i] = x[i] * scale if bits >= level else f32(0)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, embedding
+
+from coembed.nn.sparse import fused, run
 
 Layer = Callable[[], nn.Module]
 Norm = Callable[[int], nn.Module]
@@ -47,19 +51,38 @@ def _after(width: int, norm: Norm | None, activation: Layer, dropout: float) -> 
 
 
 class Dropout(nn.Dropout):
-    """Dropout by 16 random bits a unit, a quarter of a draw: torch's takes several times as long.
-
-    The share that is dropped is `p` to the nearest 1 / 65,536.
-    """
+    """Dropout; on the CPU in one pass each way, where PyTorch makes ten."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x with units dropped in training and the others scaled up."""
-        if not self.training or not x.numel():
+        if not self.training:
             return x
-        level = round(self.p * 2**16)
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        bits = draws.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
-        return x * (bits >= level - 2**15).to(x.dtype).mul_(1 / (1 - level / 2**16))
+        if self.p == 1 or not fused(x):
+            return super().forward(x)
+        seed = int(torch.empty((), dtype=torch.int64).random_(2**32))
+        kept: Tensor = _Dropped.apply(x, np.uint32(seed), self.p)
+        return kept
+
+
+class _Dropped(torch.autograd.Function):
+    """The same seed drops the same units of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: np.uint32, p: float) -> Tensor:
+        ctx.seed, ctx.p = seed, p
+        return _Dropped.kept(x, seed, p)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Dropped.kept(gradient, ctx.seed, ctx.p), None, None
+
+    @staticmethod
+    def kept(x: Tensor, seed: np.uint32, p: float) -> Tensor:
+        x = x.contiguous()
+        kept = torch.empty_like(x)
+        level, scale = np.uint32(p * 2**32), np.float32(1 / (1 - p))
+        run("dropout", x.view(-1), seed, level, scale, kept.view(-1))
+        return kept
 
 
 class ConditionalMLP(nn.Module):

@@ -84,30 +84,38 @@ class _NegativeBinomial(LogLikelihood):
     def sum(self) -> Tensor:
         if not fused(self.odds):
             return super().sum()
-        value: Tensor = _FusedNegativeBinomial.apply(self.entries, self.r, self.odds, self.gate)
-        return value
+        r = self.r.unsqueeze(0) if self.r.dim() == 1 else self.r.expand_as(self.odds)
+        return _rowwise("negative_binomial", self.entries, r, self.odds, self.gate)
 
 
-class _FusedNegativeBinomial(torch.autograd.Function):
+def _rowwise(kernel: str, entries: Entries, *arguments: Tensor | None) -> Tensor:
+    """Return what a kernel computes of every cell, (b,), from entries and (b, P) or (1, P)."""
+    value: Tensor = _Rowwise.apply(kernel, entries, *arguments)
+    return value
+
+
+class _Rowwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, entries: Entries, r: Tensor, odds: Tensor, gate: Tensor | None) -> Tensor:
-        rows = r.unsqueeze(0) if r.dim() == 1 else r.expand_as(odds)
-        arguments = [rows.contiguous(), odds.contiguous(), gate if gate is None else gate.contiguous()]
-        value = odds.new_empty(len(odds))
-        gradients = [a if a is None else torch.empty_like(odds) for a in arguments]
-        run("negative_binomial", *entries.csr, *arguments, value, *gradients)
-        ctx.shape, ctx.gradients = r.shape, gradients
+    def forward(ctx: Any, kernel: str, entries: Entries, *arguments: Tensor | None) -> Tensor:
+        given = [a if a is None else a.contiguous() for a in arguments]
+        value = entries.x.new_empty(entries.shape[0])
+        gradients = [a if a is None else a.new_empty(entries.shape) for a in arguments]
+        run(kernel, *entries.csr, *given, value, *gradients)
+        ctx.gradients = [
+            None if a is None else (a.shape, by) for a, by in zip(arguments, gradients, strict=True)
+        ]
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        for by in ctx.gradients:
-            if by is not None:
-                by.mul_(gradient.unsqueeze(-1))
-        by_r, by_odds, by_gate = ctx.gradients
-        del ctx.gradients
-        return None, by_r.sum_to_size(ctx.shape), by_odds, by_gate
+        rows = gradient.unsqueeze(-1)
+        found = [
+            None if part is None else part[1].mul_(rows).sum_to_size(part[0])
+            for part in ctx.gradients
+        ]
+        del ctx.gradients  # they hold the gradient times `rows` by now
+        return None, None, *found
 
 
 def negative_binomial(x: Counts, r: Tensor, logit: Tensor) -> LogLikelihood:
@@ -162,6 +170,8 @@ def multinomial(x: Counts, logits: Tensor) -> Tensor:
         logits: (b, P), of the shares before the softmax.
     """
     entries = Entries.of_counts(x)
+    if fused(logits):
+        return _rowwise("multinomial", entries, logits)
     total = torch.logsumexp(logits, -1, keepdim=True)
     return entries.sum(entries.x * (entries.of(logits) - entries.of(total)))
 

@@ -26,7 +26,7 @@ def fused(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def run(kernel: str, *arguments: Tensor | None) -> None:
+def run(kernel: str, *arguments: Any) -> None:
     """Call one of the `kernels`, which are imported, with numba, when the first is needed."""
     from coembed.nn import kernels
 

@@ -227,6 +227,8 @@ class Loop:
                 known += [term for term in terms if term not in known]
                 loss = player.total(terms, clock)
                 loss.backward(inputs=player.parameters)  # not through those of other players
+                for group in optimiser.param_groups:
+                    group["lr"] = player.rate(clock) * state.slowdown
                 optimiser.step()
                 for term, value in terms.items():
                     sums[f"train_{term}"] = sums.get(f"train_{term}", 0) + value.detach()
@@ -274,7 +276,6 @@ class Loop:
             state.stale += 1
             if stage.plateau is not None and state.stale % stage.plateau.patience == 0:
                 state.slowdown *= stage.plateau.factor
-                self._set_rates(stage)
 
     def _slow_down(self, stage: Stage, good: _Snapshot, complaint: str) -> bool:
         """Go back to the last good state with a lower learning rate; False if that is used up."""
@@ -301,13 +302,7 @@ class Loop:
         outcome["events"].append(
             {"stage": stage.name, "epoch": epoch, "reason": complaint, "lr_factor": slowdown}
         )
-        self._set_rates(stage)
         return True
-
-    def _set_rates(self, stage: Stage) -> None:
-        for player in stage.players:
-            for group in self.optimisers[player.name].param_groups:
-                group["lr"] = player.lr * self.state.slowdown
 
     def _leave(self, stage: Stage) -> None:
         state, outcome = self.state, self.state.outcome
@@ -372,8 +367,6 @@ class Loop:
                 slots.setdefault(int(index), {})[slot] = value
             groups = optimiser.state_dict()["param_groups"]
             optimiser.load_state_dict({"state": copy.deepcopy(slots), "param_groups": groups})
-        if self.stages:
-            self._set_rates(self.stages[self.state.stage])
 
     def _save(self, snapshot: _Snapshot) -> None:
         if self.checkpoint is not None:

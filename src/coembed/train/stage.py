@@ -60,6 +60,15 @@ class CoolDown(WarmUp):
 
 
 @dataclass(frozen=True)
+class Anneal(WarmUp):
+    """A factor that falls linearly from 1 to 0 over the last `fraction` of the planned steps."""
+
+    def __call__(self, clock: Clock) -> float:
+        """Return the factor at this moment."""
+        return min(1.0, (1 - clock.fraction) / self.fraction) if self.fraction > 0 else 1.0
+
+
+@dataclass(frozen=True)
 class Plateau:
     """Learning rates are multiplied by `factor` after `patience` rounds without improvement."""
 
@@ -82,6 +91,7 @@ class Player:
         loss: named terms, each a scalar.
         weights: term -> constant or schedule; 1 where a term is not named.
         lr: learning rate.
+        anneal: share of the plan, at its end, over which the learning rate falls to 0.
         eps: added to the root of the second moment.
         weight_decay: L2 penalty's gradient factor; with `decoupled`, AdamW's shrinkage.
         decoupled: AdamW in place of Adam.
@@ -93,6 +103,7 @@ class Player:
     loss: Loss
     weights: Mapping[str, Weight] = field(default_factory=dict)
     lr: float = 1e-3
+    anneal: float = 0.0
     eps: float = 1e-8
     weight_decay: float = 0.0
     decoupled: bool = False
@@ -107,6 +118,10 @@ class Player:
         """Return the weight of a term at this moment."""
         weight = self.weights.get(term, 1.0)
         return weight(clock) if isinstance(weight, WarmUp) else weight
+
+    def rate(self, clock: Clock) -> float:
+        """Return the learning rate at this moment."""
+        return self.lr * Anneal(self.anneal)(clock)
 
     def total(self, terms: Mapping[str, Tensor], clock: Clock) -> Tensor:
         """Return the weighted sum of the terms: what is minimised at this moment."""
