@@ -80,8 +80,10 @@ def test_markers_follow_a_dimension(trained, role: str) -> None:
     assert strongest["feature"].isin(marker).all()
     assert (strongest["spearman"].abs() > 0.8).all()
     assert (np.sign(strongest["spearman"]) == np.sign(strongest["change"])).all()
-    # The null on simulated cells: what is no marker moves far less than what is one.
-    assert sizes[~is_marker].median() < 0.5 * sizes[is_marker].median()
+    # The null on simulated cells: what is no marker moves far less than what is one, wherever.
+    largest = sizes.groupby(table["feature"]).max()
+    of_marker = largest.index.isin(marker)
+    assert largest[~of_marker].max() < 0.5 * largest[of_marker].min()
 
 
 def test_other_cells_say_what_the_range_is(trained, cells) -> None:
