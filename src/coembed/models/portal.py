@@ -55,7 +55,7 @@ class Portal(TwoDomains):
         margin: float = param(5.0, "bound on a discriminator's logit", "original code", gt=0)
         batch_size: int = param(500, "cells drawn of each domain", "a quarter, 100-500", ge=2)
         max_epochs: int = param(1, "passes over the larger domain; min_steps decides", "ours", ge=1)
-        min_steps: int = param(1000, "training steps", "documentation, below 20,000 cells", ge=0)
+        min_steps: int = param(2000, "training steps", "review; documentation 1,000", ge=0)
         validation_fraction: float = param(0.0, VALIDATION, "none for adversaries", ge=0, le=0)
         double_lognorm: bool = param(False, "genes log-normalised twice", "fault of study.md 3")
 
@@ -63,7 +63,7 @@ class Portal(TwoDomains):
         # A quarter of few cells is as good as 500 draws of them, and several times as fast.
         "default": lambda facts: {"batch_size": min(500, max(100, facts.n_cells // 4))},
         "review": lambda facts: {
-            **{"min_steps": 2000, "batch_size": max(2, min(facts.n_cells // 10, 500))},
+            **{"batch_size": max(2, min(facts.n_cells // 10, 500))},
             **{"lambda_cos": 10.0, "double_lognorm": True},
         },
     }
