@@ -85,10 +85,11 @@ def race(name: str, results: Mapping[str, Any]) -> dict[str, Any] | None:
     epochs = [reached(r["curve"], target) for r in ours]
     found = [n for n in epochs if n is not None]
     first = [n for r in theirs if (n := reached(r["curve"], target)) is not None]
-    whole = [median(r["epochs"] for r in theirs) * s for s in pace["scvi"]]
+    their_epochs = median(r["epochs"] for r in theirs)
+    whole = [their_epochs * s for s in pace["scvi"]]
     there = [median(found) * s for s in pace["ours"]] if 2 * len(found) > len(epochs) else None
     return {
-        "target": target, "theirs": whole, "their_epochs": median(r["epochs"] for r in theirs),
+        "target": target, "theirs": whole, "their_epochs": their_epochs,
         "their_first": median(first) if first else None,
         "ours": there, "our_epochs": found, "of": len(epochs),
         "our_whole": [median(r["epochs"] for r in ours) * s for s in pace["ours"]],

@@ -63,8 +63,9 @@ class Portal(TwoDomains):
         # A quarter of few cells is as good as 500 draws of them, and several times as fast.
         "default": lambda facts: {"batch_size": min(500, max(100, facts.n_cells // 4))},
         "review": lambda facts: {
-            **{"batch_size": max(2, min(facts.n_cells // 10, 500))},
-            **{"lambda_cos": 10.0, "double_lognorm": True},
+            "batch_size": max(2, min(facts.n_cells // 10, 500)),
+            "lambda_cos": 10.0,
+            "double_lognorm": True,
         },
     }
 

@@ -99,7 +99,7 @@ def _log(x):
 
 @njit(inline="always", error_model="numpy")
 def _log1p(x):
-    """Return log(1 + x) for x >= 0, exact where x is small."""
+    """Return log(1 + x) for x > -1, exact where x is small."""
     y = f32(1) + x
     return _log(y) + (x - (y - f32(1))) / y
 
