@@ -20,7 +20,7 @@ from coembed.nn.likelihoods import (
     negative_binomial_mean,
     scaled_bernoulli,
 )
-from coembed.nn.sparse import Linear
+from coembed.nn.sparse import Entries, Linear
 
 N_CELLS, N_FEATURES = 7, 45  # more features than a vector has numbers, and not a multiple
 
@@ -86,13 +86,27 @@ def test_a_kernel_is_the_formula(
 
 
 @given(seed=st.integers(0, 2**31), density=st.floats(0, 0.1))
-def test_the_gradient_of_a_weight_is_the_product_with_the_rows_transposed(
-    seed: int, density: float
-) -> None:
+def test_a_first_layer_and_its_gradient_are_the_dense_products(seed: int, density: float) -> None:
     x = counts(seed, density, "csr")
     layer, ahead = Linear(N_FEATURES, 5), torch.randn(N_CELLS, 5)
-    layer(x).backward(ahead)
+    h = layer(x)
+    torch.testing.assert_close(h, torch.addmm(layer.bias, x.to_dense(), layer.weight))
+    h.backward(ahead)
     torch.testing.assert_close(layer.weight.grad, x.to_dense().T @ ahead, rtol=1e-5, atol=1e-5)
+
+
+@given(seed=st.integers(0, 2**31), density=st.floats(0, 1), threads=st.integers(1, 3))
+def test_entries_are_sorted_by_column(seed: int, density: float, threads: int) -> None:
+    x, before = counts(seed, density, "csr"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        first, rows, values = Entries(x).by_column
+    finally:
+        torch.set_num_threads(before)
+    expected = sparse.csc_matrix(x.to_dense().numpy())
+    assert first.tolist() == expected.indptr.tolist()
+    assert rows.tolist() == expected.indices.tolist()
+    assert values.tolist() == expected.data.tolist()
 
 
 def test_threads_do_not_change_what_is_computed() -> None:
@@ -133,12 +147,6 @@ def test_extreme_parameters_stay_finite() -> None:
                 assert value.isfinite().all()
                 assert all(leaf.grad.isfinite().all() for leaf in leaves if leaf.grad is not None)
                 torch.testing.assert_close(value, log_p.dense().sum(-1), rtol=1e-4, atol=1e-3)
-
-
-def test_the_largest_chance_is_the_same_in_kernel_and_formula() -> None:
-    from coembed.nn import kernels
-
-    assert float(kernels.LARGEST) == likelihoods.LARGEST
 
 
 def test_what_is_not_a_number_is_passed_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -53,6 +54,17 @@ def test_entries_sums_and_scales_of_csr_rows_are_those_of_dense_rows(
     factor = leaf(seed, 6).detach()
     scaled = scale_rows(csr, factor)
     torch.testing.assert_close(scaled.to_dense(), scale_rows(dense, factor))
+
+
+def test_the_entries_of_a_csr_minibatch_are_found_once_while_there_is_one() -> None:
+    dense, csr = minibatch(1, 0.5)
+    entries = Entries.of_counts(csr)
+    assert Entries.of_counts(csr) is entries
+    assert Entries.of_counts(entries) is entries
+    assert Entries.of_counts(dense) is not Entries.of_counts(dense)  # it may have changed since
+    gone = weakref.ref(entries)
+    del csr, entries
+    assert gone() is None
 
 
 @given(seed=seeds, density=densities)

@@ -21,12 +21,11 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-OPTIONS: dict[str, Any] = {
-    "parallel": True,
-    "cache": True,
+PART: dict[str, Any] = {
     "error_model": "numpy",  # a division by 0 is infinite
     "fastmath": {"contract", "nsz", "arcp", "afn"},  # all but another order of operations
 }
+OPTIONS = {**PART, "parallel": True, "cache": True}
 
 _one_at_a_time = threading.Lock()  # some of numba's threading layers need it
 
@@ -65,17 +64,18 @@ def _as_bits(context: Any, value: Any) -> Any:
 
 @njit(inline="always", error_model="numpy")
 def _exp(x):
-    """Return e^x, for x cut off at -87 and 88, by Cephes' polynomial: relative error 1e-7."""
+    """Return e^x for x at most 0, cut off at -87, by Cephes' polynomial: relative error 1e-7."""
     x = f32(-87.0) if x < f32(-87.0) else x  # `max` would lose what is not a number
-    x = f32(88.0) if x > f32(88.0) else x
-    k = f32(math.floor(x * f32(1.44269504) + f32(0.5)))
+    shifted = x * f32(1.44269504) + f32(1.5 * 2**23)  # its last bits are a whole number
+    k = shifted - f32(1.5 * 2**23)
     rest = x - k * f32(0.693359375) + k * f32(2.12194440e-4)
     p = f32(1.9875691500e-4) * rest + f32(1.3981999507e-3)
     p = p * rest + f32(8.3334519073e-3)
     p = p * rest + f32(4.1665795894e-2)
     p = p * rest + f32(1.6666665459e-1)
     p = p * rest + f32(5.0000001201e-1)
-    return (p * rest * rest + rest + f32(1)) * _as_float((i32(k) + i32(127)) << i32(23))
+    power = _as_float((_as_bits(shifted) << i32(23)) + i32(0x3F800000))
+    return (p * rest * rest + rest + f32(1)) * power
 
 
 @njit(inline="always", error_model="numpy")
@@ -108,18 +108,24 @@ def _log1p(x):
 def _sum(values):
     total = 0.0
     for start in range(0, values.size, 4096):  # in double precision from here on
-        part = f32(0)
-        for i in range(start, min(start + 4096, values.size)):
-            part += values[i]
+        some, part = values[start : start + 4096], f32(0)
+        for i in range(some.size):  # a view's size: with other bounds there are no vectors
+            part += some[i]
         total += part
     return total
 
 
-@njit(fastmath=True, error_model="numpy")
+@njit(**PART)
 def _largest(values):
-    largest = f32(-np.inf)
-    for i in range(values.size):
-        largest = max(largest, values[i])
+    lanes, largest = np.full(64, f32(-np.inf)), f32(-np.inf)
+    for start in range(0, values.size - 63, 64):
+        some = values[start : start + 64]
+        for i in range(64):  # a vector of largest ones; one alone would be slow
+            lanes[i] = some[i] if some[i] > lanes[i] else lanes[i]
+    for value in lanes:
+        largest = value if value > largest else largest
+    for value in values[values.size - values.size % 64 :]:
+        largest = value if value > largest else largest
     return largest
 
 
@@ -271,9 +277,41 @@ def multinomial(starts, columns, counts, logits, value, by_logits):
         value[i] = gain - depth * math.log(total)
 
 
+TILE = 1024
+"""Features whose numbers stay in the first cache."""
+
+
+@njit(inline="always", error_model="numpy")
+def _chance(logit, factor, largest):
+    """Return w (1 - c), 1 / w, 1 - sigmoid(logit) and c / (1 - c), by one division.
+
+    c is sigmoid(logit) factor, at most `largest`; w is 1 + exp(-|logit|).
+    """
+    less = _exp(-abs(logit))
+    whole = f32(1) + less
+    above = logit > f32(0)
+    part = (f32(1) if above else less) * factor
+    part = largest * whole if part > largest * whole else part
+    rest = whole - part
+    inverse = f32(1) / (whole * rest)
+    by_whole = rest * inverse
+    return rest, by_whole, (less if above else f32(1)) * by_whole, part * (whole * inverse)
+
+
+@njit(**PART)
+def _log_of_product(values):
+    """Return the sum of logarithms of `TILE` numbers from 2^-20 to 1, and write over some."""
+    quarter = TILE // 4
+    a, b = values[:quarter], values[quarter : 2 * quarter]
+    c, d = values[2 * quarter : 3 * quarter], values[3 * quarter :]
+    for j in range(quarter):  # a logarithm costs as much as twenty products
+        a[j] = _log(a[j] * b[j] * (c[j] * d[j]))
+    return _sum(a)
+
+
 @njit(**OPTIONS)
 def scaled_bernoulli(
-    starts, columns, logit, log_row, log_column, weights, value, by_bias, by_row, by_column
+    starts, columns, logit, log_row, log_column, weights, largest, value, by_bias, by_row, by_column
 ):
     """Write the log-probability of every cell under a Bernoulli, and its weighted gradients.
 
@@ -286,6 +324,7 @@ def scaled_bernoulli(
         log_row: (b,) at most 0.
         log_column: (P,) at most 0.
         weights: (b,) of the cells in all gradients.
+        largest: float32, what a chance is cut off at, so that a 0 has a logarithm.
         value: (b,) written to, without weights.
         by_bias: (parts, P) written to: the gradient, of some cells each.
         by_row: (b,) written to.
@@ -295,79 +334,80 @@ def scaled_bernoulli(
     parts = by_bias.shape[0]
     factor = np.exp(log_column)
     for part in prange(parts):
-        closed, slope = np.empty(width, f32), np.empty(width, f32)
-        open_ = np.empty(width, f32)  # the logits of the entries
+        closed, slope = np.empty(TILE, f32), np.empty(TILE, f32)
+        open_, factors = np.empty(width, f32), np.empty(width, f32)  # of the entries
+        gain, more, by_logit = np.empty(width, f32), np.empty(width, f32), np.empty(width, f32)
         by_bias[part], by_column[part] = f32(0), f32(0)
         for i in range(part * n // parts, (part + 1) * n // parts):
-            row, weight, h = f32(math.exp(log_row[i])), weights[i], logit[i]
+            row, weight = f32(math.exp(log_row[i])), weights[i]
             first, last = starts[i], starts[i + 1]
             for k in range(last - first):
-                open_[k] = h[columns[first + k]]
-            for j in range(width):
-                less = _exp(-abs(h[j]))
-                share = less / (f32(1) + less)
-                other = share if h[j] > f32(0) else f32(1) - share
-                chance = (f32(1) - other) * factor[j] * row
-                chance = LARGEST if chance > LARGEST else chance
-                closed[j] = -chance
-                # d log(1 - chance) / d log chance; log chance itself has slope 1.
-                by_chance = -weight * chance / (f32(1) - chance)
-                slope[j] = by_chance
-                h[j] = by_chance * other
-            for j in range(width):
-                closed[j] = _log1p(closed[j])
-            gain = 0.0
+                j = columns[first + k]
+                open_[k], factors[k], gain[k] = logit[i, j], factor[j], log_row[i] + log_column[j]
+            total, by_log_row = 0.0, 0.0
+            for start in range(0, width, TILE):  # as if all were closed
+                size = min(TILE, width - start)
+                h, f = logit[i, start : start + size], factor[start : start + size]
+                for j in range(size):
+                    rest, by_whole, other, odds = _chance(h[j], f[j] * row, largest)
+                    closed[j] = rest * by_whole
+                    slope[j] = -weight * odds
+                    h[j] = slope[j] * other
+                closed[size:] = f32(1)
+                total += _log_of_product(closed)
+                by_log_row += _sum(slope[:size])
+                b, c = by_bias[part, start : start + size], by_column[part, start : start + size]
+                for j in range(size):
+                    b[j] += h[j]
+                for j in range(size):
+                    c[j] += slope[j]
+            for k in range(last - first):  # by how much an entry differs from that
+                rest, _, other, odds = _chance(open_[k], factors[k] * row, largest)
+                gain[k] += min(open_[k], f32(0)) - _log(rest)  # log c - log(1 - c)
+                more[k] = weight * (f32(1) + odds)
+                by_logit[k] = weight * other
             for k in range(last - first):
-                j, own = columns[first + k], open_[k]
-                less = _exp(-abs(own))
-                log_open = min(own, f32(0)) - _log1p(less) + log_row[i] + log_column[j]
-                gain += log_open - closed[j]
-                slope[j] = weight
-                h[j] = weight * (less if own > f32(0) else f32(1)) / (f32(1) + less)
-            value[i], by_row[i] = gain + _sum(closed), _sum(slope)
-            for j in range(width):
-                by_column[part, j] += slope[j]
-            for j in range(width):
-                by_bias[part, j] += h[j]
+                j = columns[first + k]
+                by_bias[part, j] += by_logit[k] - logit[i, j]
+                by_column[part, j] += more[k]
+                logit[i, j] = by_logit[k]
+            value[i] = total + _sum(gain[: last - first])
+            by_row[i] = by_log_row + _sum(more[: last - first])
 
 
-LARGEST = f32(1 - 2**-20)
-"""Largest chance, for which a 0 still has a logarithm that single precision can tell."""
-
-
-# -- products -------------------------------------------------------------------------------------
+# -- entries --------------------------------------------------------------------------------------
 
 
 @njit(**OPTIONS)
-def transposed_product(starts, columns, values, right, product):
-    """Write x^T right for CSR x.
+def sort_by_column(starts, columns, values, place, first, rows, factors):
+    """Write the entries of CSR x column after column, in each by rows.
 
     Args:
         starts: (b + 1,) where the entries of each row of x start.
         columns: (n,) the column of every entry.
         values: (n,) its value.
-        right: (b, H).
-        product: (P, H) written to.
+        place: (parts, P) zeros, which it counts in.
+        first: (P + 1,) written to: where the entries of each column start.
+        rows: (n,) written to, as factors: row and value of every entry.
+        factors: see rows.
     """
-    width, n = product.shape[0], columns.size
-    rows, factors = np.empty(n, i32), np.empty(n, f32)
-    first = np.zeros(width + 2, np.int64)  # where the entries of each column go, sorted
-    for e in range(n):
-        first[columns[e] + 2] += 1
-    for j in range(2, width + 2):
-        first[j] += first[j - 1]
-    for i in range(starts.size - 1):
-        for e in range(starts[i], starts[i + 1]):
-            place = first[columns[e] + 1]
-            rows[place], factors[place] = i, values[e]
-            first[columns[e] + 1] = place + 1
-    for j in prange(width):
-        out = product[j]
-        out[:] = f32(0)
-        for e in range(first[j], first[j + 1]):
-            factor, row = factors[e], right[rows[e]]
-            for h in range(out.size):
-                out[h] += factor * row[h]
+    n, (parts, width) = starts.size - 1, place.shape
+    for part in prange(parts):
+        for e in range(starts[part * n // parts], starts[(part + 1) * n // parts]):
+            place[part, columns[e]] += i32(1)
+    total = i32(0)
+    for j in range(width):
+        first[j] = total
+        for part in range(parts):
+            total, place[part, j] = total + place[part, j], total
+    first[width] = total
+    for part in prange(parts):
+        own = place[part]
+        for i in range(part * n // parts, (part + 1) * n // parts):
+            for e in range(starts[i], starts[i + 1]):
+                j = columns[e]
+                rows[own[j]], factors[own[j]] = i, values[e]
+                own[j] += i32(1)
 
 
 # -- noise ----------------------------------------------------------------------------------------

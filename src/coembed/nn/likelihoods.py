@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -235,7 +236,8 @@ class _FusedBernoulli(torch.autograd.Function):
         by_bias, by_column = logit.new_empty(2, torch.get_num_threads(), len(bias))
         starts, columns, _ = entries.csr
         factors = log_row.contiguous(), log_column.contiguous(), weights.contiguous()
-        run("scaled_bernoulli", starts, columns, logit, *factors, value, by_bias, by_row, by_column)
+        found = value, by_bias, by_row, by_column
+        run("scaled_bernoulli", starts, columns, logit, *factors, np.float32(LARGEST), *found)
         by_logit = logit  # what the kernel has written there
         products = by_logit @ weight, by_logit.t() @ h
         ctx.gradients = *products, by_bias.sum(0), by_row, by_column.sum(0)

@@ -187,7 +187,7 @@ class Genes(NamedTuple):
 
     def loss(self, x: Tensor) -> Tensor:
         """Return the negative log-likelihood plus half the distance of non-zero counts, (b,)."""
-        entries = Entries(x)
+        entries = Entries.of_counts(x)
         counts = negative_binomial_mean(entries, self.mean, self.log_dispersion.exp())
         return distance(entries, self.mean) - counts.sum()
 
@@ -209,7 +209,7 @@ class Peaks(NamedTuple):
 
     def loss(self, x: Tensor) -> Tensor:
         """Return as `Genes.loss`; a mean where the count is zero costs a twentieth of itself."""
-        entries = Entries(x)
+        entries = Entries.of_counts(x)
         counts = poisson(entries, self.mean).zero_inflated(self.gate)
         at_zeros = self.mean.sum(-1) - entries.sum(entries.of(self.mean))
         return distance(entries, self.mean) + 0.05 * at_zeros - counts.sum()

@@ -15,8 +15,7 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
-
-from coembed.data.minibatches import as_csr
+from torch.utils.weak import WeakTensorKeyDictionary
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -47,7 +46,8 @@ class Entries:
     def __init__(self, x: Tensor) -> None:
         self.shape = x.shape
         if x.layout == torch.sparse_csr:
-            self.starts, self.columns, self.x = x.crow_indices(), x.col_indices(), x.values()
+            self.starts, self.columns = x.crow_indices(), x.col_indices()
+            self.x = x.values().detach()  # a view of its own: it would keep the minibatch
             return
         self.index = x.flatten().nonzero().squeeze(-1)
         self.x = x.flatten()[self.index]
@@ -80,10 +80,27 @@ class Entries:
         """int32 starts and columns, values: what kernels take."""
         return self.starts.int(), self.columns.int(), self.x
 
+    @cached_property
+    def by_column(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Column after column: int32 starts and rows, values; what products take."""
+        starts, columns, x = self.csr
+        width = self.shape[-1]
+        place = columns.new_zeros(torch.get_num_threads(), width)
+        sorted_ = columns.new_empty(width + 1), torch.empty_like(columns), torch.empty_like(x)
+        run("sort_by_column", starts, columns, x, place, *sorted_)
+        return sorted_
+
     @classmethod
     def of_counts(cls, x: Tensor | Entries) -> Entries:
-        """Return the entries of a minibatch; entries are returned as they are."""
-        return x if isinstance(x, Entries) else cls(x)
+        """Return the entries of a minibatch, once for all who ask; or entries as they are."""
+        if isinstance(x, Entries):
+            return x
+        if x.layout != torch.sparse_csr:  # it may yet be written to
+            return cls(x)
+        found = _known.get(x)
+        if found is None:
+            found = _known[x] = cls(x)
+        return found
 
     def of(self, values: Tensor) -> Tensor:
         """Return the values at the entries, (n,), of a tensor that broadcasts to (b, P)."""
@@ -100,6 +117,10 @@ class Entries:
     def add_to(self, x: Tensor, values: Tensor) -> Tensor:
         """Return x (b, P) with one value per entry added, (n,)."""
         return x.flatten().index_add(0, self.index, values).view(x.shape)
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""CSR minibatch to its entries, as long as there is the minibatch."""
 
 
 def row_sums(x: Tensor) -> Tensor:
@@ -157,33 +178,22 @@ class _SparseProduct(torch.autograd.Function):
         ctx.x = x
         if x.device.type != "cpu":
             return x @ weight
-        return embedding_bag(
-            x.col_indices(),
-            weight,
-            x.crow_indices(),
-            mode="sum",
-            per_sample_weights=x.values(),
-            include_last_offset=True,
-        )
+        return _bags(x.crow_indices(), x.col_indices(), x.values(), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         if not fused(gradient):
-            return None, transposed(ctx.x) @ gradient
-        by_weight = gradient.new_empty(ctx.x.shape[1], gradient.shape[1])
-        run("transposed_product", *Entries(ctx.x).csr, gradient.contiguous(), by_weight)
-        return None, by_weight
+            return None, ctx.x.transpose(0, 1).to_sparse_csr() @ gradient
+        return None, _bags(*Entries.of_counts(ctx.x).by_column, gradient)
 
 
-def transposed(x: Tensor) -> Tensor:
-    """Return a dense or CSR tensor transposed, of the same layout."""
-    if x.layout != torch.sparse_csr:
-        return x.t()
-    # On the CPU scipy is several times as fast as torch.
-    if x.device.type != "cpu":
-        return x.transpose(0, 1).to_sparse_csr()
-    return as_csr(_as_scipy(x).T.tocsr())
+def _bags(starts: Tensor, places: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """Return the product of a compressed matrix and dense `rows`, on the CPU."""
+    # A sum over bags of embeddings is the fastest of PyTorch's ways to say it.
+    return embedding_bag(
+        places, rows, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
 
 
 def _as_scipy(x: Tensor) -> sparse.csr_matrix:
