@@ -13,7 +13,6 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from coembed.data.minibatches import as_csr
-from coembed.nn import likelihoods
 from coembed.nn.likelihoods import (
     multinomial,
     negative_binomial,
