@@ -158,3 +158,10 @@ def test_what_is_not_a_number_is_passed_on() -> None:
         assert where or multinomial(x, r).isnan()
         if where < 2:
             assert negative_binomial(x, r, logit).sum().isnan()
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_a_peaks_logit_that_is_not_a_number_is_passed_on(density: float) -> None:
+    x, leaves = counts(1, density, "csr"), [torch.randn(N_CELLS, N_FEATURES) for _ in range(3)]
+    leaves[1][4, -1] = torch.nan  # the bias of the last one
+    assert bernoulli_of_peaks(x, leaves, torch.ones(N_CELLS)).isnan()

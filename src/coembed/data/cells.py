@@ -126,7 +126,7 @@ class Cells:
             matrix = self.counts[role]
             digest.update(f"{role}{matrix.shape}".encode())
             for part in (matrix.indptr, matrix.indices, matrix.data, self.present[role]):
-                digest.update(np.ascontiguousarray(part))  # no copy
+                digest.update(np.ascontiguousarray(part).data)  # no copy
             digest.update("\0".join(self.var[role].index.astype(str)).encode())
             for place in ("chrom", "start", "end", "strand"):
                 if place in self.var[role]:

@@ -115,6 +115,14 @@ def _sum(values):
     return total
 
 
+@njit(fastmath=True, error_model="numpy")
+def _dot(values, weights):
+    total = f32(0)
+    for i in range(values.size):
+        total += values[i] * weights[i]
+    return total
+
+
 @njit(**PART)
 def _largest(values):
     lanes, largest = np.full(64, f32(-np.inf)), f32(-np.inf)
@@ -277,8 +285,8 @@ def multinomial(starts, columns, counts, logits, value, by_logits):
         value[i] = gain - depth * math.log(total)
 
 
-TILE = 1024
-"""Features whose numbers stay in the first cache."""
+TILE = 64
+"""Features whose entries are treated together, so that they fill vectors."""
 
 
 @njit(inline="always", error_model="numpy")
@@ -298,81 +306,77 @@ def _chance(logit, factor, largest):
     return rest, by_whole, (less if above else f32(1)) * by_whole, part * (whole * inverse)
 
 
-@njit(**PART)
-def _log_of_product(values):
-    """Return the sum of logarithms of `TILE` numbers from 2^-20 to 1, and write over some."""
-    quarter = TILE // 4
-    a, b = values[:quarter], values[quarter : 2 * quarter]
-    c, d = values[2 * quarter : 3 * quarter], values[3 * quarter :]
-    for j in range(quarter):  # a logarithm costs as much as twenty products
-        a[j] = _log(a[j] * b[j] * (c[j] * d[j]))
-    return _sum(a)
-
-
 @njit(**OPTIONS)
 def scaled_bernoulli(
-    starts, columns, logit, log_row, log_column, weights, largest, value, by_bias, by_row, by_column
-):
-    """Write the log-probability of every cell under a Bernoulli, and its weighted gradients.
+    first, rows, logit, bias, log_column, log_row, weights, largest,
+    by_bias, by_column, by_row, value,
+):  # fmt: skip
+    """Write the log-probability of every cell under a Bernoulli, and its gradients.
 
-    Feature j of cell i is open with probability sigmoid(logit) exp(log_row + log_column).
+    Feature j of cell i is open with probability sigmoid(logit + bias) exp(log_row + log_column).
 
     Args:
-        starts: (b + 1,) where the entries of each cell start: what is open.
-        columns: (n,) the feature of every entry.
-        logit: (b, P), in whose place the gradient is written.
-        log_row: (b,) at most 0.
+        first: (P + 1,) where the entries of each feature start: in which cells it is open.
+        rows: (n,) the cell of every entry.
+        logit: (P, b), in whose place the gradient is written, without weights.
+        bias: (P,) of the features.
         log_column: (P,) at most 0.
-        weights: (b,) of the cells in all gradients.
+        log_row: (b,) at most 0.
+        weights: (b,) of the cells in the gradients by features.
         largest: float32, what a chance is cut off at, so that a 0 has a logarithm.
-        value: (b,) written to, without weights.
-        by_bias: (parts, P) written to: the gradient, of some cells each.
-        by_row: (b,) written to.
-        by_column: (parts, P) written to, as by_bias.
+        by_bias: (P,) written to.
+        by_column: (P,) written to.
+        by_row: (parts, b) added to, without weights, the sums over some features each.
+        value: (parts, b) added to, as by_row.
     """
-    n, width = logit.shape
-    parts = by_bias.shape[0]
-    factor = np.exp(log_column)
+    width, n = logit.shape
+    parts = value.shape[0]
+    factor = np.exp(log_row)
     for part in prange(parts):
-        closed, slope = np.empty(TILE, f32), np.empty(TILE, f32)
-        open_, factors = np.empty(width, f32), np.empty(width, f32)  # of the entries
-        gain, more, by_logit = np.empty(width, f32), np.empty(width, f32), np.empty(width, f32)
-        by_bias[part], by_column[part] = f32(0), f32(0)
-        for i in range(part * n // parts, (part + 1) * n // parts):
-            row, weight = f32(math.exp(log_row[i])), weights[i]
-            first, last = starts[i], starts[i + 1]
-            for k in range(last - first):
-                j = columns[first + k]
-                open_[k], factors[k], gain[k] = logit[i, j], factor[j], log_row[i] + log_column[j]
-            total, by_log_row = 0.0, 0.0
-            for start in range(0, width, TILE):  # as if all were closed
-                size = min(TILE, width - start)
-                h, f = logit[i, start : start + size], factor[start : start + size]
-                for j in range(size):
-                    rest, by_whole, other, odds = _chance(h[j], f[j] * row, largest)
-                    closed[j] = rest * by_whole
-                    slope[j] = -weight * odds
-                    h[j] = slope[j] * other
-                closed[size:] = f32(1)
-                total += _log_of_product(closed)
-                by_log_row += _sum(slope[:size])
-                b, c = by_bias[part, start : start + size], by_column[part, start : start + size]
-                for j in range(size):
-                    b[j] += h[j]
-                for j in range(size):
-                    c[j] += slope[j]
-            for k in range(last - first):  # by how much an entry differs from that
-                rest, _, other, odds = _chance(open_[k], factors[k] * row, largest)
+        total, slopes = value[part], by_row[part]
+        product, slope = np.ones(n, f32), np.empty(n, f32)
+        # Of the entries:
+        open_, factors, gain, by_logit, more = [np.empty(TILE * n, f32) for _ in range(5)]
+        end = (part + 1) * width // parts
+        for start in range(part * width // parts, end, TILE):
+            stop, entry = min(start + TILE, end), first[start]
+            size = first[stop] - entry
+            for j in range(start, stop):
+                column = f32(math.exp(log_column[j]))
+                for e in range(first[j], first[j + 1]):
+                    i = rows[e]
+                    open_[e - entry] = logit[j, i] + bias[j]
+                    factors[e - entry] = factor[i] * column
+                    gain[e - entry] = log_row[i] + log_column[j]
+            for j in range(start, stop):  # as if all were closed
+                h, shift, column = logit[j], bias[j], f32(math.exp(log_column[j]))
+                for i in range(n):
+                    rest, by_whole, other, odds = _chance(h[i] + shift, factor[i] * column, largest)
+                    product[i] *= rest * by_whole
+                    slope[i] = -odds
+                    h[i] = -odds * other
+                for i in range(n):
+                    slopes[i] += slope[i]
+                by_bias[j], by_column[j] = _dot(h, weights), _dot(slope, weights)
+                if j % 4 == 3 or j == stop - 1:  # four are at least 2^-80
+                    for i in range(n):
+                        total[i] += _log(product[i]) + (
+                            product[i] - product[i]
+                        )  # 0 or not a number
+                    product[:] = f32(1)
+            for k in range(size):  # by how much an entry differs from that
+                rest, _, other, odds = _chance(open_[k], factors[k], largest)
                 gain[k] += min(open_[k], f32(0)) - _log(rest)  # log c - log(1 - c)
-                more[k] = weight * (f32(1) + odds)
-                by_logit[k] = weight * other
-            for k in range(last - first):
-                j = columns[first + k]
-                by_bias[part, j] += by_logit[k] - logit[i, j]
-                by_column[part, j] += more[k]
-                logit[i, j] = by_logit[k]
-            value[i] = total + _sum(gain[: last - first])
-            by_row[i] = by_log_row + _sum(more[: last - first])
+                by_logit[k] = other
+                more[k] = f32(1) + odds
+            for j in range(start, stop):
+                for e in range(first[j], first[j + 1]):
+                    i, k = rows[e], e - entry
+                    total[i] += gain[k]
+                    slopes[i] += more[k]
+                    by_bias[j] += weights[i] * (by_logit[k] - logit[j, i])
+                    by_column[j] += weights[i] * more[k]
+                    logit[j, i] = by_logit[k]
 
 
 # -- entries --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributions import Multinomial, NegativeBinomial
-from torch.nn.functional import linear, logsigmoid, softplus
+from torch.nn.functional import logsigmoid, softplus
 
 from coembed.nn.sparse import Entries, fused, run
 
@@ -215,6 +215,9 @@ def scaled_bernoulli(
     return (log_closed.sum(-1) + entries.sum(gain)) @ weights
 
 
+BLOCK = 2**18
+"""Logits at a time in `scaled_bernoulli`, which stay in the second cache: 1 MB."""
+
 LARGEST = 1 - 2**-20
 """Largest chance, for which a 0 still has a logarithm that single precision can tell."""
 
@@ -231,17 +234,25 @@ class _FusedBernoulli(torch.autograd.Function):
         log_row: Tensor,
         log_column: Tensor,
     ) -> Tensor:
-        logit = linear(h, weight, bias)
-        value, by_row = torch.empty_like(log_row), torch.empty_like(log_row)
-        by_bias, by_column = logit.new_empty(2, torch.get_num_threads(), len(bias))
-        starts, columns, _ = entries.csr
-        factors = log_row.contiguous(), log_column.contiguous(), weights.contiguous()
-        found = value, by_bias, by_row, by_column
-        run("scaled_bernoulli", starts, columns, logit, *factors, np.float32(LARGEST), *found)
-        by_logit = logit  # what the kernel has written there
-        products = by_logit @ weight, by_logit.t() @ h
-        ctx.gradients = *products, by_bias.sum(0), by_row, by_column.sum(0)
-        return value @ weights
+        (b, width), (first, rows, _) = entries.shape, entries.by_column
+        value, by_row = h.new_zeros(2, torch.get_num_threads(), b)
+        by_h, by_weight = torch.zeros_like(h), torch.empty_like(weight)
+        by_bias, by_column = torch.empty_like(bias), torch.empty_like(log_column)
+        turned, weighted = h.t().contiguous(), weights.unsqueeze(-1) * h
+        cells = log_row.contiguous(), weights.contiguous(), np.float32(LARGEST)
+        size = max(1, BLOCK // max(1, b))
+        for start in range(0, width, size):
+            part = slice(start, start + size)
+            logit = weight[part] @ turned
+            features, found = (bias[part], log_column[part]), (by_bias[part], by_column[part])
+            where = first[start:], rows
+            run("scaled_bernoulli", *where, logit, *features, *cells, *found, by_row, value)
+            by_logit = logit  # what the kernel has written there
+            torch.addmm(by_h, by_logit.t(), weight[part], out=by_h)
+            torch.mm(by_logit, weighted, out=by_weight[part])
+        by_h *= weights.unsqueeze(-1)
+        ctx.gradients = by_h, by_weight, by_bias, by_row.sum(0) * weights, by_column
+        return value.sum(0) @ weights
 
     @staticmethod
     @once_differentiable
