@@ -414,6 +414,30 @@ def sort_by_column(starts, columns, values, place, first, rows, factors):
                 own[j] += i32(1)
 
 
+@njit(**OPTIONS)
+def product(first, rows, values, right, sums):
+    """Write x right for x sorted by column, in parts to be added: `right` is read once, in order.
+
+    Args:
+        first: (P + 1,) where the entries of each column of x start.
+        rows: (n,) the row of every entry.
+        values: (n,) its value.
+        right: (P, H).
+        sums: (parts, b, H) written to: what some columns each make of it.
+    """
+    n, parts = rows.size, sums.shape[0]
+    for part in prange(parts):
+        out = sums[part]
+        out[:] = f32(0)
+        start, end = part * n // parts, (part + 1) * n // parts
+        for j in range(np.searchsorted(first, start), np.searchsorted(first, end)):
+            row = right[j]
+            for e in range(first[j], first[j + 1]):
+                own, factor = out[rows[e]], values[e]
+                for h in range(row.size):
+                    own[h] += factor * row[h]
+
+
 # -- noise ----------------------------------------------------------------------------------------
 
 

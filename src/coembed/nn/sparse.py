@@ -176,24 +176,23 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.x = x
-        if x.device.type != "cpu":
+        if not fused(weight):
             return x @ weight
-        return _bags(x.crow_indices(), x.col_indices(), x.values(), weight)
+        parts = weight.new_empty(torch.get_num_threads(), x.shape[0], weight.shape[1])
+        run("product", *Entries.of_counts(x).by_column, weight, parts)
+        return parts.sum(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         if not fused(gradient):
             return None, ctx.x.transpose(0, 1).to_sparse_csr() @ gradient
-        return None, _bags(*Entries.of_counts(ctx.x).by_column, gradient)
-
-
-def _bags(starts: Tensor, places: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    """Return the product of a compressed matrix and dense `rows`, on the CPU."""
-    # A sum over bags of embeddings is the fastest of PyTorch's ways to say it.
-    return embedding_bag(
-        places, rows, starts, mode="sum", per_sample_weights=values, include_last_offset=True
-    )
+        starts, rows, values = Entries.of_counts(ctx.x).by_column
+        # A sum over bags of embeddings is the fastest of PyTorch's ways to say x^T @ gradient.
+        by_weight = embedding_bag(
+            rows, gradient, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+        )
+        return None, by_weight
 
 
 def _as_scipy(x: Tensor) -> sparse.csr_matrix:
