@@ -12,9 +12,6 @@ training, not of it.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import Any
@@ -76,9 +73,7 @@ def split(cells: Cells) -> tuple[Cells, Cells]:
 
 
 class Watch:
-    """The curve of a training: its objective on held-out cells over its own wall time.
-
-    Evaluations do not count as time of the training.
+    """The curve of a training: its objective on held-out cells over its epochs.
 
     Args:
         held_out: the cells.
@@ -89,7 +84,6 @@ class Watch:
         self.held_out, self.every, self.epoch = held_out, every, -1
         self.points: list[dict[str, Any]] = []
         self.inputs: Inputs | None = None
-        self.started, self.excluded = time.perf_counter(), 0.0
 
     def due(self) -> bool:
         """Count an epoch that starts; say whether to evaluate the weights it starts from."""
@@ -98,18 +92,9 @@ class Watch:
 
     def note(self, model: Model) -> None:
         """Evaluate `model` as it is."""
-        with self.paused() as seconds:
-            terms = self.objective(model)
-            elbo = sum(v for k, v in terms.items() if k.startswith(("reconstruction", "kl")))
-            point = {"seconds": seconds, "epoch": self.epoch, "objective": elbo, "terms": terms}
-            self.points.append(point)
-
-    @contextmanager
-    def paused(self) -> Iterator[float]:
-        """Let no time pass inside; gives the seconds so far."""
-        now = time.perf_counter()
-        yield now - self.started - self.excluded
-        self.excluded += time.perf_counter() - now
+        terms = self.objective(model)
+        elbo = sum(v for k, v in terms.items() if k.startswith(("reconstruction", "kl")))
+        self.points.append({"epoch": self.epoch, "objective": elbo, "terms": terms})
 
     @torch.no_grad()
     def objective(self, model: Model) -> dict[str, float]:
@@ -161,8 +146,7 @@ def peer(name: str, pilot: str, seed: int, settings: Settings) -> dict[str, Any]
     twin = train_ours(name, train, idle, epochs=1, **scvi_weights.sizes(name, first.module))
 
     def note(model: Any) -> None:
-        with watch.paused():
-            scvi_weights.load(name, twin, model.module)
+        scvi_weights.load(name, twin, model.module)
         watch.note(twin)
 
     def tick(_: str, model: Any) -> None:
@@ -203,7 +187,6 @@ def _record(cells: Cells, watch: Watch) -> dict[str, Any]:
     return {
         "cells": described(cells),
         "held_out": watch.held_out.n_cells,
-        "seconds": end["seconds"],
         "epochs": end["epoch"],
         "final": end["objective"],
         "curve": watch.points,
