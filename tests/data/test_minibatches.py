@@ -12,6 +12,7 @@ from scipy import sparse
 
 from coembed.data.minibatches import Independent, Inputs, Shuffled
 from coembed.data.pipeline import Block
+from coembed.data.rows import ResidentRows, rows_of
 
 CPU = torch.device("cpu")
 sizes = st.integers(2, 90)
@@ -121,6 +122,27 @@ def test_gather_equals_dense_indexing(inputs: Inputs) -> None:
         assert batch.present[name].dtype == torch.bool
         assert batch.batch[name].dtype == torch.int64
     assert len(batch) == 4
+
+
+DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+@given(seed=st.integers(0, 2**31), n=st.integers(0, 9))
+def test_rows_gathered_on_the_device_are_those_of_scipy(
+    device: torch.device, kind: type, seed: int, n: int
+) -> None:
+    random = np.random.default_rng(seed)
+    x = sparse.random_array((12, 7), density=0.3, rng=random, format="csr")
+    x = sparse.csr_matrix((100 * x).astype(kind))
+    rows = random.integers(0, 12, n)
+    for give in (ResidentRows(x, device), rows_of(x, device, sparse=True)):
+        found = give(rows)
+        assert found.layout == torch.sparse_csr
+        assert found.dtype == torch.float32
+        assert found.device.type == device.type
+        np.testing.assert_array_equal(found.to_dense().cpu(), x[rows].toarray().astype(np.float32))
 
 
 def test_a_minibatch_does_not_share_memory_with_the_data(inputs: Inputs) -> None:

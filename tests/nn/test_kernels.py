@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from torch import Tensor, nn
 
-from coembed.data.minibatches import as_csr
+from coembed.data.rows import as_csr
 from coembed.nn.likelihoods import (
     multinomial,
     negative_binomial,

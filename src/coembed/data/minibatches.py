@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from scipy import sparse
 
 from coembed.data.pipeline import Block
+from coembed.data.rows import Rows, rows_of, send
 
 Draw = Mapping[str, np.ndarray]
 """Input name -> rows to gather. Paired systems draw the same rows for every input."""
@@ -105,20 +107,17 @@ class Inputs:
         """Return the minibatch of `draw` on the device."""
         x, present, batch = {}, {}, {}
         for name, rows in draw.items():
-            block = self.blocks[name]
-            values = block.x[rows].astype(np.float32, copy=False)
-            if not isinstance(values, sparse.csr_matrix):
-                x[name] = self._send(values)
-            elif self.sparse:
-                x[name] = as_csr(values).to(self.device)
-            else:
-                x[name] = self._send(values.toarray())
-            present[name] = self._send(block.present[rows])
-            batch[name] = self._send(self.batch[rows])
+            x[name] = self._rows[name](rows)
+            present[name] = send(self.blocks[name].present[rows], self.device)
+            batch[name] = send(self.batch[rows], self.device)
         return Batch(x, present, batch)
 
-    def _send(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+    @cached_property
+    def _rows(self) -> dict[str, Rows]:
+        return {
+            name: rows_of(block.x, self.device, sparse=self.sparse)
+            for name, block in self.blocks.items()
+        }
 
     def chunks(self, rows: np.ndarray, size: int = 1024) -> Iterator[Batch]:
         """Yield `rows` of every input in order, in even parts of at most `size`."""
@@ -152,12 +151,6 @@ class Sampler(Protocol):
     def epoch(self, rng: np.random.Generator) -> Iterator[Draw]:
         """Yield the draws of one epoch."""
         ...
-
-
-def as_csr(x: sparse.csr_matrix) -> torch.Tensor:
-    """Return a scipy CSR matrix as a torch one; they share memory."""
-    rows, columns, values = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
-    return torch.sparse_csr_tensor(rows, columns, values, x.shape, check_invariants=False)
 
 
 class Shuffled:
