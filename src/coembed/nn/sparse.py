@@ -85,7 +85,8 @@ class Entries:
         """Column after column: int32 starts and rows, values; what products take."""
         starts, columns, x = self.csr
         width = self.shape[-1]
-        place = columns.new_zeros(torch.get_num_threads(), width)
+        parts = min(4, torch.get_num_threads())  # more would take longer to add up
+        place = columns.new_zeros(parts, width)
         sorted_ = columns.new_empty(width + 1), torch.empty_like(columns), torch.empty_like(x)
         run("sort_by_column", starts, columns, x, place, *sorted_)
         return sorted_
