@@ -133,7 +133,7 @@ class Products:
         formulas: dict[Any, Callable[..., int]] = {
             **dict.fromkeys((ATEN.mm, ATEN.bmm), first_two),
             **dict.fromkeys((ATEN.addmm, ATEN.addmm_, ATEN.baddbmm), last_two),
-            ATEN._embedding_bag: bag,  # the product of CSR rows and a weight
+            ATEN._embedding_bag_forward_only: bag,  # the gradient of a weight of CSR rows
         }
         for formula in formulas.values():
             formula._get_raw = True  # type: ignore[attr-defined]
@@ -145,7 +145,7 @@ class Products:
         run = sparse.run
 
         def counting(kernel: str, *arguments: Any) -> None:
-            if kernel == "transposed_product":
+            if kernel == "product":
                 _, _, values, right, _ = arguments
                 self.own += 2 * len(values) * right.shape[1]
             run(kernel, *arguments)

@@ -125,7 +125,7 @@ def test_products_of_a_step_are_counted() -> None:
 
 
 def test_a_sparse_factor_counts_by_its_entries() -> None:
-    """Of our own layer: a bag of embeddings forward, a sparse product for the gradient."""
+    """Of our own layer: our own kernel forward, bags of embeddings for the gradient."""
     products, layer = Products(), Linear(20, 8)
     x = torch.zeros(5, 20)
     x[[0, 0, 1, 3, 4], [2, 7, 7, 11, 19]] = 1.0

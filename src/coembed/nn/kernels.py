@@ -290,25 +290,26 @@ TILE = 64
 
 
 @njit(inline="always", error_model="numpy")
-def _chance(logit, factor, largest):
+def _chance(logit, gap, smallest):
     """Return w (1 - c), 1 / w, 1 - sigmoid(logit) and c / (1 - c), by one division.
 
-    c is sigmoid(logit) factor, at most `largest`; w is 1 + exp(-|logit|).
+    c is sigmoid(logit) (1 - gap), with 1 - c at least `smallest`; w is 1 + exp(-|logit|). Nothing
+    is lost where c is close to 1: there is no difference of close numbers.
     """
     less = _exp(-abs(logit))
     whole = f32(1) + less
     above = logit > f32(0)
-    part = (f32(1) if above else less) * factor
-    part = largest * whole if part > largest * whole else part
-    rest = whole - part
+    part, other = (f32(1), less) if above else (less, f32(1))
+    rest = other + part * gap
+    rest = smallest * whole if rest < smallest * whole else rest
     inverse = f32(1) / (whole * rest)
     by_whole = rest * inverse
-    return rest, by_whole, (less if above else f32(1)) * by_whole, part * (whole * inverse)
+    return rest, by_whole, other * by_whole, part * (f32(1) - gap) * (whole * inverse)
 
 
 @njit(**OPTIONS)
 def scaled_bernoulli(
-    first, rows, logit, bias, log_column, log_row, weights, largest,
+    first, rows, logit, bias, log_column, log_row, weights, smallest,
     by_bias, by_column, by_row, value,
 ):  # fmt: skip
     """Write the log-probability of every cell under a Bernoulli, and its gradients.
@@ -323,7 +324,7 @@ def scaled_bernoulli(
         log_column: (P,) at most 0.
         log_row: (b,) at most 0.
         weights: (b,) of the cells in the gradients by features.
-        largest: float32, what a chance is cut off at, so that a 0 has a logarithm.
+        smallest: float32, of the chance of a 0, so that it has a logarithm.
         by_bias: (P,) written to.
         by_column: (P,) written to.
         by_row: (parts, b) added to, without weights, the sums over some features each.
@@ -331,27 +332,29 @@ def scaled_bernoulli(
     """
     width, n = logit.shape
     parts = value.shape[0]
-    factor = np.exp(log_row)
+    gap = -np.expm1(log_row)  # 1 less the factor of every cell
     for part in prange(parts):
-        total, slopes = value[part], by_row[part]
+        total, slopes, gap_column = value[part], by_row[part], np.empty(TILE, f32)
         product, slope = np.ones(n, f32), np.empty(n, f32)
         # Of the entries:
-        open_, factors, gain, by_logit, more = [np.empty(TILE * n, f32) for _ in range(5)]
+        open_, gaps, gain, by_logit, more = [np.empty(TILE * n, f32) for _ in range(5)]
         end = (part + 1) * width // parts
         for start in range(part * width // parts, end, TILE):
             stop, entry = min(start + TILE, end), first[start]
             size = first[stop] - entry
             for j in range(start, stop):
-                column = f32(math.exp(log_column[j]))
+                column = f32(-math.expm1(log_column[j]))
+                gap_column[j - start] = column
                 for e in range(first[j], first[j + 1]):
                     i = rows[e]
                     open_[e - entry] = logit[j, i] + bias[j]
-                    factors[e - entry] = factor[i] * column
+                    gaps[e - entry] = gap[i] + (f32(1) - gap[i]) * column
                     gain[e - entry] = log_row[i] + log_column[j]
             for j in range(start, stop):  # as if all were closed
-                h, shift, column = logit[j], bias[j], f32(math.exp(log_column[j]))
+                h, shift, column = logit[j], bias[j], gap_column[j - start]
                 for i in range(n):
-                    rest, by_whole, other, odds = _chance(h[i] + shift, factor[i] * column, largest)
+                    either = gap[i] + (f32(1) - gap[i]) * column
+                    rest, by_whole, other, odds = _chance(h[i] + shift, either, smallest)
                     product[i] *= rest * by_whole
                     slope[i] = -odds
                     h[i] = -odds * other
@@ -365,7 +368,7 @@ def scaled_bernoulli(
                         )  # 0 or not a number
                     product[:] = f32(1)
             for k in range(size):  # by how much an entry differs from that
-                rest, _, other, odds = _chance(open_[k], factors[k], largest)
+                rest, _, other, odds = _chance(open_[k], gaps[k], smallest)
                 gain[k] += min(open_[k], f32(0)) - _log(rest)  # log c - log(1 - c)
                 by_logit[k] = other
                 more[k] = f32(1) + odds

@@ -239,7 +239,7 @@ class _FusedBernoulli(torch.autograd.Function):
         by_h, by_weight = torch.zeros_like(h), torch.empty_like(weight)
         by_bias, by_column = torch.empty_like(bias), torch.empty_like(log_column)
         turned, weighted = h.t().contiguous(), weights.unsqueeze(-1) * h
-        cells = log_row.contiguous(), weights.contiguous(), np.float32(LARGEST)
+        cells = log_row.contiguous(), weights.contiguous(), np.float32(1 - LARGEST)
         size = max(1, BLOCK // max(1, b))
         for start in range(0, width, size):
             part = slice(start, start + size)
