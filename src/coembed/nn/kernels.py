@@ -361,11 +361,10 @@ def scaled_bernoulli(
                 for i in range(n):
                     slopes[i] += slope[i]
                 by_bias[j], by_column[j] = _dot(h, weights), _dot(slope, weights)
-                if j % 4 == 3 or j == stop - 1:  # four are at least 2^-80
+                if j % 4 == 3 or j == stop - 1:  # one logarithm for four, at least 2^-80
                     for i in range(n):
-                        total[i] += _log(product[i]) + (
-                            product[i] - product[i]
-                        )  # 0 or not a number
+                        undefined = product[i] - product[i]  # 0, or not a number, which _log loses
+                        total[i] += _log(product[i]) + undefined
                     product[:] = f32(1)
             for k in range(size):  # by how much an entry differs from that
                 rest, _, other, odds = _chance(open_[k], gaps[k], smallest)

@@ -238,7 +238,8 @@ class _FusedBernoulli(torch.autograd.Function):
         value, by_row = h.new_zeros(2, torch.get_num_threads(), b)
         by_h, by_weight = torch.zeros_like(h), torch.empty_like(weight)
         by_bias, by_column = torch.empty_like(bias), torch.empty_like(log_column)
-        turned, weighted = h.t().contiguous(), weights.unsqueeze(-1) * h
+        by_cell = weights.unsqueeze(-1)
+        turned, weighted = h.t().contiguous(), by_cell * h
         cells = log_row.contiguous(), weights.contiguous(), np.float32(1 - LARGEST)
         size = max(1, BLOCK // max(1, b))
         for start in range(0, width, size):
@@ -250,7 +251,7 @@ class _FusedBernoulli(torch.autograd.Function):
             by_logit = logit  # what the kernel has written there
             torch.addmm(by_h, by_logit.t(), weight[part], out=by_h)
             torch.mm(by_logit, weighted, out=by_weight[part])
-        by_h *= weights.unsqueeze(-1)
+        by_h *= by_cell
         ctx.gradients = by_h, by_weight, by_bias, by_row.sum(0) * weights, by_column
         return value.sum(0) @ weights
 
