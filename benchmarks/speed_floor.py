@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from coembed.data.cells import Cells
 from coembed.data.minibatches import Inputs
-from coembed.nn import sparse
+from coembed.nn import kernels
 from coembed.train.stage import Player
 
 EPOCHS = 8
@@ -94,7 +94,7 @@ class Products:
     Attributes:
         shapes: of the dense ones, each with its number.
         sparse: floating-point operations of those with a sparse factor.
-        own: those of our own kernels, which also have one.
+        own: operations of those, of both kinds, in our own kernels, which PyTorch does not see.
         other: operations a step does otherwise, as PyTorch counts them (attention).
         steps: in how many steps.
     """
@@ -141,16 +141,23 @@ class Products:
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
-        """Note the products of our own kernels too, which PyTorch does not see."""
-        run = sparse.run
+        """Note the products of our own kernels too."""
+        run = kernels.run
 
-        def counting(kernel: str, *arguments: Any) -> None:
-            if kernel == "product":
+        def counting(kernel: Callable[..., None], *arguments: Any) -> None:
+            if kernel is kernels.product:
                 _, _, values, right, _ = arguments
-                self.own += 2 * len(values) * right.shape[1]
+                number = 2 * len(values) * right.shape[1]
+                self.sparse += number
+                self.own += number
+            if kernel is kernels.scaled_bernoulli:
+                _, _, h, _, weight, *_ = arguments
+                logit = torch.empty(len(weight), len(h))
+                for a, b in ((weight, h.T), (logit.T, weight), (logit, h)):
+                    self.own += self.product(a, b)
             run(kernel, *arguments)
 
-        with patch.object(sparse, "run", counting):
+        with patch.object(kernels, "run", counting):
             yield
 
 
@@ -167,12 +174,12 @@ def counted(name: str, cells: Cells) -> Products:
     with counter, products.kernels():
         model = train_ours(name, cells, tick, epochs=3)
     (shapes, *before), (shapes_after, *after) = seen[1:3]
-    sparse, own, total = (b - a for a, b in zip(before, after, strict=True))
+    products.sparse, own, seen_by_pytorch = (b - a for a, b in zip(before, after, strict=True))
     assert model.outcome is not None
     products.steps = model.outcome.steps // model.outcome.epochs
-    products.shapes, products.sparse = shapes_after - shapes, sparse + own
+    products.shapes = shapes_after - shapes
     dense = sum(n * flops(shape) for shape, n in products.shapes.items())
-    products.other = (total - dense - sparse) / products.steps
+    products.other = (seen_by_pytorch + own - dense - products.sparse) / products.steps
     return products
 
 

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from coembed.data.cells import Cells
 from coembed.errors import ParameterError
 from coembed.models import get_model
+from coembed.nn.likelihoods import scaled_bernoulli
 from coembed.nn.sparse import Linear
 
 QUICK = Settings(threads=1, repeats=1, quick=True)
@@ -131,8 +132,18 @@ def test_a_sparse_factor_counts_by_its_entries() -> None:
     x[[0, 0, 1, 3, 4], [2, 7, 7, 11, 19]] = 1.0
     with FlopCounterMode(display=False, custom_mapping=products.formulas()), products.kernels():
         layer(x.to_sparse_csr()).sum().backward()
-    assert products.sparse == products.own == 2 * 5 * 8
+    assert products.own == 2 * 5 * 8
+    assert products.sparse == 2 * products.own
     assert not products.shapes
+
+
+def test_products_inside_a_kernel_are_counted() -> None:
+    products, head = Products(), torch.nn.Linear(8, 20)
+    rows, columns = torch.zeros(5), torch.zeros(20)
+    with products.kernels():
+        scaled_bernoulli(torch.ones(5, 20), torch.rand(5, 8), head, rows, columns, rows)
+    assert sum(products.shapes.values()) == 3  # logits, and the gradients by both factors
+    assert products.own == 3 * 2 * 5 * 8 * 20
 
 
 def test_products_in_place_and_into_an_output_are_counted() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from coembed.data.rows import as_csr
+from coembed.nn import likelihoods
 from coembed.nn.likelihoods import (
     multinomial,
     negative_binomial,
@@ -35,6 +37,11 @@ def bernoulli_of_peaks(x: Tensor, leaves: list[Tensor], weights: Tensor) -> Tens
     return value + 0 * head.weight.sum()
 
 
+def bernoulli_of_some_peaks_at_a_time(x: Tensor, leaves: list[Tensor], weights: Tensor) -> Tensor:
+    with patch.object(likelihoods, "BLOCK", 6 * N_CELLS):
+        return bernoulli_of_peaks(x, leaves, weights)
+
+
 CASES: dict[str, Case] = {
     "negative binomial": lambda x, p, w: negative_binomial(x, p[0].exp(), p[1]).sum() @ w,
     "negative binomial by its mean": lambda x, p, w: (
@@ -48,6 +55,7 @@ CASES: dict[str, Case] = {
     ),
     "multinomial": lambda x, p, w: multinomial(x, p[0]) @ w,
     "Bernoulli of peaks": bernoulli_of_peaks,
+    "Bernoulli of some peaks at a time": bernoulli_of_some_peaks_at_a_time,
 }
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import numba
@@ -19,15 +21,27 @@ import numpy as np
 import torch
 from numba import njit, prange, types
 from numba.extending import intrinsic
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 PART: dict[str, Any] = {
     "error_model": "numpy",  # a division by 0 is infinite
     "fastmath": {"contract", "nsz", "arcp", "afn"},  # all but another order of operations
 }
-OPTIONS = {**PART, "parallel": True, "cache": True}
+OPTIONS = {**PART, "parallel": True, "cache": True, "nogil": True}
+# Its threads ask for the GIL, at their first `np.dot`, while the caller waits for them.
 
 _one_at_a_time = threading.Lock()  # some of numba's threading layers need it
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """Return what sets the threads of the library that multiplies inside kernels, by threads of
+    their own."""
+    import scipy.linalg.cython_blas  # noqa: F401 (numba's `np.dot`; to be found it must be loaded)
+
+    return ThreadpoolController().select(user_api="blas")
+
 
 f32, i32, u32 = np.float32, np.int32, np.uint32
 
@@ -36,7 +50,8 @@ def run(kernel: Callable[..., None], *arguments: Any) -> None:
     """Call a kernel on tensors, which it may write to, with as many threads as PyTorch has."""
     arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
     threads = torch.get_num_threads()
-    with _one_at_a_time:
+    alone = _blas().limit(limits=1) if kernel is scaled_bernoulli else nullcontext()
+    with _one_at_a_time, alone:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         kernel(*arrays)
         if torch.get_num_threads() != threads:  # numba sets it when it starts its own
@@ -285,18 +300,14 @@ def multinomial(starts, columns, counts, logits, value, by_logits):
         value[i] = gain - depth * math.log(total)
 
 
-TILE = 64
-"""Features whose entries are treated together, so that they fill vectors."""
-
-
 @njit(inline="always", error_model="numpy")
-def _chance(logit, gap, smallest):
+def _chance(logit, less, gap, smallest):
     """Return w (1 - c), 1 / w, 1 - sigmoid(logit) and c / (1 - c), by one division.
 
-    c is sigmoid(logit) (1 - gap), with 1 - c at least `smallest`; w is 1 + exp(-|logit|). Nothing
-    is lost where c is close to 1: there is no difference of close numbers.
+    c is sigmoid(logit) (1 - gap), with 1 - c at least `smallest`; w is 1 + less, of which
+    `less` is exp(-|logit|). Nothing is lost where c is close to 1: there is no difference of
+    close numbers.
     """
-    less = _exp(-abs(logit))
     whole = f32(1) + less
     above = logit > f32(0)
     part, other = (f32(1), less) if above else (less, f32(1))
@@ -307,78 +318,130 @@ def _chance(logit, gap, smallest):
     return rest, by_whole, other * by_whole, part * (f32(1) - gap) * (whole * inverse)
 
 
+@njit(inline="always", error_model="numpy")
+def _either(gap, other_gap):
+    """Return 1 - (1 - gap) (1 - other_gap), exact where both are small."""
+    return gap + (f32(1) - gap) * other_gap
+
+
+@njit(**PART)
+def _bernoulli_of_block(
+    first, rows, logit, bias, log_column, log_row, gap, weights, smallest,
+    by_bias, by_column, by_row, value,
+):  # fmt: skip
+    """Do what `scaled_bernoulli` does for some features whose logits, but for `bias`, are there.
+
+    Args:
+        first: (p + 1,) where the entries of each of them start.
+        rows: as there.
+        logit: (p, b), in whose place the gradient is written, without weights.
+        bias: (p,).
+        log_column: (p,).
+        log_row: (b,).
+        gap: (b,) 1 - exp(log_row).
+        weights: as there.
+        smallest: as there.
+        by_bias: (p,) written to.
+        by_column: (p,) written to.
+        by_row: (b,) added to.
+        value: (b,) added to.
+    """
+    width, n = logit.shape
+    start, size = first[0], first[width] - first[0]
+    gap_column = np.empty(width, f32)
+    product, slope, less = np.ones(n, f32), np.empty(n, f32), np.empty(n, f32)
+    # Of the entries:
+    open_, small, gaps = np.empty(size, f32), np.empty(size, f32), np.empty(size, f32)
+    gain, by_logit, more = np.empty(size, f32), np.empty(size, f32), np.empty(size, f32)
+    for j in range(width):
+        gap_column[j] = -math.expm1(log_column[j])
+        for e in range(first[j], first[j + 1]):
+            i, k = rows[e], e - start
+            open_[k] = logit[j, i] + bias[j]
+            gaps[k] = _either(gap[i], gap_column[j])
+            gain[k] = log_row[i] + log_column[j]
+    for j in range(width):  # as if all were closed
+        h, shift, column = logit[j], bias[j], gap_column[j]
+        for i in range(n):  # by itself: shorter chains of operations overlap
+            less[i] = _exp(-abs(h[i] + shift))
+        for i in range(n):
+            either = _either(gap[i], column)
+            rest, by_whole, other, odds = _chance(h[i] + shift, less[i], either, smallest)
+            product[i] *= rest * by_whole
+            slope[i] = -odds
+            h[i] = -odds * other
+        for i in range(n):
+            by_row[i] += slope[i]
+        by_bias[j], by_column[j] = _dot(h, weights), _dot(slope, weights)
+        if j % 4 == 3 or j == width - 1:  # one logarithm for four, at least 2^-80
+            for i in range(n):
+                undefined = product[i] - product[i]  # 0, or not a number, which _log loses
+                value[i] += _log(product[i]) + undefined
+            product[:] = f32(1)
+    for k in range(size):
+        small[k] = _exp(-abs(open_[k]))
+    for k in range(size):  # by how much an entry differs from that
+        rest, _, other, odds = _chance(open_[k], small[k], gaps[k], smallest)
+        gain[k] += min(open_[k], f32(0)) - _log(rest)  # log c - log(1 - c)
+        by_logit[k] = other
+        more[k] = f32(1) + odds
+    for j in range(width):
+        for e in range(first[j], first[j + 1]):
+            i, k = rows[e], e - start
+            value[i] += gain[k]
+            by_row[i] += more[k]
+            by_bias[j] += weights[i] * (by_logit[k] - logit[j, i])
+            by_column[j] += weights[i] * more[k]
+            logit[j, i] = by_logit[k]
+
+
 @njit(**OPTIONS)
 def scaled_bernoulli(
-    first, rows, logit, bias, log_column, log_row, weights, smallest,
-    by_bias, by_column, by_row, value,
+    first, rows, h, weighted, weight, bias, log_column, log_row, weights, smallest, size,
+    by_h, by_weight, by_bias, by_column, by_row, value,
 ):  # fmt: skip
     """Write the log-probability of every cell under a Bernoulli, and its gradients.
 
-    Feature j of cell i is open with probability sigmoid(logit + bias) exp(log_row + log_column).
+    Feature j of cell i is open with probability sigmoid(logit) exp(log_row + log_column), its logit
+    being h weight^T + bias. Every thread has its own features and takes some of them at a time
+    through all that is to be done, so that their logits stay in its cache.
 
     Args:
         first: (P + 1,) where the entries of each feature start: in which cells it is open.
         rows: (n,) the cell of every entry.
-        logit: (P, b), in whose place the gradient is written, without weights.
-        bias: (P,) of the features.
+        h: (b, H).
+        weighted: (b, H) h times `weights`.
+        weight: (P, H).
+        bias: (P,).
         log_column: (P,) at most 0.
         log_row: (b,) at most 0.
         weights: (b,) of the cells in the gradients by features.
         smallest: float32, of the chance of a 0, so that it has a logarithm.
+        size: features at a time.
+        by_h: (parts, b, H) added to, without weights, the sums over some features each.
+        by_weight: (P, H) written to.
         by_bias: (P,) written to.
         by_column: (P,) written to.
-        by_row: (parts, b) added to, without weights, the sums over some features each.
-        value: (parts, b) added to, as by_row.
+        by_row: (parts, b) added to, as by_h.
+        value: (parts, b) added to, as by_h.
     """
-    width, n = logit.shape
-    parts = value.shape[0]
+    width, parts = weight.shape[0], value.shape[0]
     gap = -np.expm1(log_row)  # 1 less the factor of every cell
     for part in prange(parts):
-        total, slopes, gap_column = value[part], by_row[part], np.empty(TILE, f32)
-        product, slope = np.ones(n, f32), np.empty(n, f32)
-        # Of the entries:
-        open_, gaps, gain, by_logit, more = [np.empty(TILE * n, f32) for _ in range(5)]
+        logits, more = np.empty((size, h.shape[0]), f32), np.empty_like(h)
         end = (part + 1) * width // parts
-        for start in range(part * width // parts, end, TILE):
-            stop, entry = min(start + TILE, end), first[start]
-            size = first[stop] - entry
-            for j in range(start, stop):
-                column = f32(-math.expm1(log_column[j]))
-                gap_column[j - start] = column
-                for e in range(first[j], first[j + 1]):
-                    i = rows[e]
-                    open_[e - entry] = logit[j, i] + bias[j]
-                    gaps[e - entry] = gap[i] + (f32(1) - gap[i]) * column
-                    gain[e - entry] = log_row[i] + log_column[j]
-            for j in range(start, stop):  # as if all were closed
-                h, shift, column = logit[j], bias[j], gap_column[j - start]
-                for i in range(n):
-                    either = gap[i] + (f32(1) - gap[i]) * column
-                    rest, by_whole, other, odds = _chance(h[i] + shift, either, smallest)
-                    product[i] *= rest * by_whole
-                    slope[i] = -odds
-                    h[i] = -odds * other
-                for i in range(n):
-                    slopes[i] += slope[i]
-                by_bias[j], by_column[j] = _dot(h, weights), _dot(slope, weights)
-                if j % 4 == 3 or j == stop - 1:  # one logarithm for four, at least 2^-80
-                    for i in range(n):
-                        undefined = product[i] - product[i]  # 0, or not a number, which _log loses
-                        total[i] += _log(product[i]) + undefined
-                    product[:] = f32(1)
-            for k in range(size):  # by how much an entry differs from that
-                rest, _, other, odds = _chance(open_[k], gaps[k], smallest)
-                gain[k] += min(open_[k], f32(0)) - _log(rest)  # log c - log(1 - c)
-                by_logit[k] = other
-                more[k] = f32(1) + odds
-            for j in range(start, stop):
-                for e in range(first[j], first[j + 1]):
-                    i, k = rows[e], e - entry
-                    total[i] += gain[k]
-                    slopes[i] += more[k]
-                    by_bias[j] += weights[i] * (by_logit[k] - logit[j, i])
-                    by_column[j] += weights[i] * more[k]
-                    logit[j, i] = by_logit[k]
+        for start in range(part * width // parts, end, size):
+            stop = min(start + size, end)
+            logit, own = logits[: stop - start], weight[start:stop]
+            np.dot(own, h.T, logit)
+            _bernoulli_of_block(
+                first[start : stop + 1], rows, logit, bias[start:stop], log_column[start:stop],
+                log_row, gap, weights, smallest, by_bias[start:stop], by_column[start:stop],
+                by_row[part], value[part],
+            )  # fmt: skip
+            np.dot(logit.T, own, more)
+            by_h[part] += more
+            np.dot(logit, weighted, by_weight[start:stop])
 
 
 # -- entries --------------------------------------------------------------------------------------

@@ -215,8 +215,8 @@ def scaled_bernoulli(
     return (log_closed.sum(-1) + entries.sum(gain)) @ weights
 
 
-BLOCK = 2**18
-"""Logits at a time in `scaled_bernoulli`, which stay in the second cache: 1 MB."""
+BLOCK = 2**16
+"""Logits at a time in a thread of `scaled_bernoulli`, which stay in its second cache: 256 kB."""
 
 LARGEST = 1 - 2**-20
 """Largest chance, for which a 0 still has a logarithm that single precision can tell."""
@@ -234,25 +234,17 @@ class _FusedBernoulli(torch.autograd.Function):
         log_row: Tensor,
         log_column: Tensor,
     ) -> Tensor:
-        (b, width), (first, rows, _) = entries.shape, entries.by_column
+        b, (first, rows, _) = len(h), entries.by_column
         value, by_row = h.new_zeros(2, torch.get_num_threads(), b)
-        by_h, by_weight = torch.zeros_like(h), torch.empty_like(weight)
+        by_h, by_weight = h.new_zeros(len(value), *h.shape), torch.empty_like(weight)
         by_bias, by_column = torch.empty_like(bias), torch.empty_like(log_column)
         by_cell = weights.unsqueeze(-1)
-        turned, weighted = h.t().contiguous(), by_cell * h
-        cells = log_row.contiguous(), weights.contiguous(), np.float32(1 - LARGEST)
-        size = max(1, BLOCK // max(1, b))
-        for start in range(0, width, size):
-            part = slice(start, start + size)
-            logit = weight[part] @ turned
-            features, found = (bias[part], log_column[part]), (by_bias[part], by_column[part])
-            where = first[start:], rows
-            run("scaled_bernoulli", *where, logit, *features, *cells, *found, by_row, value)
-            by_logit = logit  # what the kernel has written there
-            torch.addmm(by_h, by_logit.t(), weight[part], out=by_h)
-            torch.mm(by_logit, weighted, out=by_weight[part])
-        by_h *= by_cell
-        ctx.gradients = by_h, by_weight, by_bias, by_row.sum(0) * weights, by_column
+        given = h, by_cell * h, weight, bias, log_column, log_row, weights
+        limits = np.float32(1 - LARGEST), max(1, BLOCK // max(1, b))
+        found = by_h, by_weight, by_bias, by_column, by_row, value
+        run("scaled_bernoulli", first, rows, *(a.contiguous() for a in given), *limits, *found)
+        by_cells = by_h.sum(0) * by_cell, by_row.sum(0) * weights
+        ctx.gradients = by_cells[0], by_weight, by_bias, by_cells[1], by_column
         return value.sum(0) @ weights
 
     @staticmethod
