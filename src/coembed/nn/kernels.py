@@ -507,20 +507,19 @@ def product(first, rows, values, right, sums):
 
 
 @njit(**OPTIONS)
-def dropout(x, seed, level, scale, kept):
-    """Write x scaled up, or 0 where 32 hashed bits of seed and place are below `level`.
+def dropout(seed, level, scale, mask):
+    """Write `scale`, or 0 where 32 hashed bits of seed and place are below `level`.
 
     Args:
-        x: (n,).
         seed: any uint32; the same one drops the same places.
         level: uint32.
-        scale: of what is kept.
-        kept: (n,) written to.
+        scale: float32.
+        mask: (n,) written to.
     """
-    for i in prange(x.size):
+    for i in prange(mask.size):
         # lowbias32, by Christopher Wellons; numba would go on with 64 bits.
         bits = u32(u32(i) * u32(0x9E3779B1) + seed)
         bits = u32((bits ^ (bits >> u32(16))) * u32(0x7FEB352D))
         bits = u32((bits ^ (bits >> u32(15))) * u32(0x846CA68B))
         bits = bits ^ (bits >> u32(16))
-        kept[i] = x[i] * scale if bits >= level else f32(0)
+        mask[i] = scale if bits >= level else f32(0)
