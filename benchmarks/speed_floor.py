@@ -151,7 +151,8 @@ class Products:
                 self.sparse += number
                 self.own += number
             if kernel is kernels.scaled_bernoulli:
-                _, _, h, _, weight, *_ = arguments
+                _, _, h, _, weights, _, weight, *_ = arguments
+                h = h[weights != 0]  # without those that only fill it up
                 logit = torch.empty(len(weight), len(h))
                 for a, b in ((weight, h.T), (logit.T, weight), (logit, h)):
                     self.own += self.product(a, b)

@@ -141,7 +141,7 @@ def test_products_inside_a_kernel_are_counted() -> None:
     products, head = Products(), torch.nn.Linear(8, 20)
     rows, columns = torch.zeros(5), torch.zeros(20)
     with products.kernels():
-        scaled_bernoulli(torch.ones(5, 20), torch.rand(5, 8), head, rows, columns, rows)
+        scaled_bernoulli(torch.ones(5, 20), torch.rand(5, 8), head, rows, columns, rows + 1)
     assert sum(products.shapes.values()) == 3  # logits, and the gradients by both factors
     assert products.own == 3 * 2 * 5 * 8 * 20
 

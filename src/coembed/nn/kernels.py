@@ -397,8 +397,8 @@ def _bernoulli_of_block(
 
 @njit(**OPTIONS)
 def scaled_bernoulli(
-    first, rows, h, weighted, weight, bias, log_column, log_row, weights, smallest, size,
-    by_h, by_weight, by_bias, by_column, by_row, value,
+    first, rows, h, log_row, weights, weighted, weight, bias, log_column, smallest, size,
+    by_h, by_row, by_weight, by_bias, by_column, value,
 ):  # fmt: skip
     """Write the log-probability of every cell under a Bernoulli, and its gradients.
 
@@ -410,19 +410,19 @@ def scaled_bernoulli(
         first: (P + 1,) where the entries of each feature start: in which cells it is open.
         rows: (n,) the cell of every entry.
         h: (b, H).
+        log_row: (b,) at most 0.
+        weights: (b,) of the cells in the gradients by features.
         weighted: (b, H) h times `weights`.
         weight: (P, H).
         bias: (P,).
         log_column: (P,) at most 0.
-        log_row: (b,) at most 0.
-        weights: (b,) of the cells in the gradients by features.
         smallest: float32, of the chance of a 0, so that it has a logarithm.
         size: features at a time.
         by_h: (parts, b, H) added to, without weights, the sums over some features each.
+        by_row: (parts, b) added to, as by_h.
         by_weight: (P, H) written to.
         by_bias: (P,) written to.
         by_column: (P,) written to.
-        by_row: (parts, b) added to, as by_h.
         value: (parts, b) added to, as by_h.
     """
     width, parts = weight.shape[0], value.shape[0]

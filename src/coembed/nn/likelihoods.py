@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributions import Multinomial, NegativeBinomial
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid, pad, softplus
 
 from coembed.nn.sparse import Entries, fused, run
 
@@ -218,6 +218,9 @@ def scaled_bernoulli(
 BLOCK = 2**16
 """Logits at a time in a thread of `scaled_bernoulli`, which stay in its second cache: 256 kB."""
 
+LANES = 8
+"""A minibatch is filled up with cells of weight 0 to a multiple of this: whole vectors."""
+
 LARGEST = 1 - 2**-20
 """Largest chance, for which a 0 still has a logarithm that single precision can tell."""
 
@@ -235,17 +238,20 @@ class _FusedBernoulli(torch.autograd.Function):
         log_column: Tensor,
     ) -> Tensor:
         b, (first, rows, _) = len(h), entries.by_column
-        value, by_row = h.new_zeros(2, torch.get_num_threads(), b)
-        by_h, by_weight = h.new_zeros(len(value), *h.shape), torch.empty_like(weight)
-        by_bias, by_column = torch.empty_like(bias), torch.empty_like(log_column)
-        by_cell = weights.unsqueeze(-1)
-        given = h, by_cell * h, weight, bias, log_column, log_row, weights
-        limits = np.float32(1 - LARGEST), max(1, BLOCK // max(1, b))
-        found = by_h, by_weight, by_bias, by_column, by_row, value
-        run("scaled_bernoulli", first, rows, *(a.contiguous() for a in given), *limits, *found)
-        by_cells = by_h.sum(0) * by_cell, by_row.sum(0) * weights
+        spare = -b % LANES
+        cells = pad(h, (0, 0, 0, spare)), *(pad(x, (0, spare)) for x in (log_row, weights))
+        weighted = cells[2].unsqueeze(-1) * cells[0]
+        features = weight, bias, log_column
+        limits = np.float32(1 - LARGEST), max(1, BLOCK // max(1, b + spare))
+        by_h = h.new_zeros(torch.get_num_threads(), *weighted.shape)
+        by_row, value = h.new_zeros(2, *by_h.shape[:2])
+        by_features = tuple(torch.empty_like(x) for x in features)
+        given = (x.contiguous() for x in (*cells, weighted, *features))
+        run("scaled_bernoulli", first, rows, *given, *limits, by_h, by_row, *by_features, value)
+        by_cells = by_h.sum(0)[:b] * weights.unsqueeze(-1), by_row.sum(0)[:b] * weights
+        by_weight, by_bias, by_column = by_features
         ctx.gradients = by_cells[0], by_weight, by_bias, by_cells[1], by_column
-        return value.sum(0) @ weights
+        return value.sum(0)[:b] @ weights
 
     @staticmethod
     @once_differentiable
