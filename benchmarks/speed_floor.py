@@ -112,9 +112,12 @@ class Products:
             self.shapes[shape] += 1
             return flops(shape)
         thin, width = (a, b.shape[-1]) if a.layout != torch.strided else (b, a.shape[-2])
-        number = 2 * thin._nnz() * width
-        self.sparse += number
-        return number
+        return self.entries(thin._nnz(), width)
+
+    def entries(self, n: int, width: int) -> int:
+        """Note a product of n entries with a row of so many numbers each."""
+        self.sparse += 2 * n * width
+        return 2 * n * width
 
     def formulas(self) -> dict[Any, Callable[..., int]]:
         """Return how to count the operators that multiply matrices, for `FlopCounterMode`."""
@@ -126,9 +129,7 @@ class Products:
             return self.product(a, b)
 
         def bag(weight: Tensor, indices: Tensor, *_: Any, **__: Any) -> int:
-            number = 2 * indices.numel() * weight.shape[1]
-            self.sparse += number
-            return number
+            return self.entries(indices.numel(), weight.shape[1])
 
         formulas: dict[Any, Callable[..., int]] = {
             **dict.fromkeys((ATEN.mm, ATEN.bmm), first_two),
@@ -147,9 +148,7 @@ class Products:
         def counting(kernel: Callable[..., None], *arguments: Any) -> None:
             if kernel is kernels.product:
                 _, _, values, right, _ = arguments
-                number = 2 * len(values) * right.shape[1]
-                self.sparse += number
-                self.own += number
+                self.own += self.entries(len(values), right.shape[1])
             if kernel is kernels.scaled_bernoulli:
                 _, _, h, _, weights, _, weight, *_ = arguments
                 h = h[weights != 0]  # without those that only fill it up

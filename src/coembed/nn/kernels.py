@@ -28,17 +28,18 @@ PART: dict[str, Any] = {
     "error_model": "numpy",  # a division by 0 is infinite
     "fastmath": {"contract", "nsz", "arcp", "afn"},  # all but another order of operations
 }
-OPTIONS = {**PART, "parallel": True, "cache": True, "nogil": True}
-# Its threads ask for the GIL, at their first `np.dot`, while the caller waits for them.
+OPTIONS = {
+    **PART, "parallel": True, "cache": True,
+    "nogil": True,  # threads ask for the GIL at their first `np.dot`, and the caller waits for them
+}  # fmt: skip
 
 _one_at_a_time = threading.Lock()  # some of numba's threading layers need it
 
 
 @cache
 def _blas() -> ThreadpoolController:
-    """Return what sets the threads of the library that multiplies inside kernels, by threads of
-    their own."""
-    import scipy.linalg.cython_blas  # noqa: F401 (numba's `np.dot`; to be found it must be loaded)
+    """Return what sets how many threads numba's `np.dot` has of its own."""
+    import scipy.linalg.cython_blas  # noqa: F401 (what it calls; to be found it must be loaded)
 
     return ThreadpoolController().select(user_api="blas")
 
@@ -50,8 +51,9 @@ def run(kernel: Callable[..., None], *arguments: Any) -> None:
     """Call a kernel on tensors, which it may write to, with as many threads as PyTorch has."""
     arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
     threads = torch.get_num_threads()
-    alone = _blas().limit(limits=1) if kernel is scaled_bernoulli else nullcontext()
-    with _one_at_a_time, alone:
+    multiplies = kernel is scaled_bernoulli
+    # The limit is set where it is made, and remembers the one before it: inside the lock.
+    with _one_at_a_time, _blas().limit(limits=1) if multiplies else nullcontext():
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         kernel(*arrays)
         if torch.get_num_threads() != threads:  # numba sets it when it starts its own

@@ -60,7 +60,7 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         seed = int(torch.empty((), dtype=torch.int64).random_(2**32))
         level, scale = np.uint32(self.p * 2**32), np.float32(1 / (1 - self.p))
-        mask = torch.empty(x.shape)
+        mask = x.new_empty(x.shape)
         run("dropout", np.uint32(seed), level, scale, mask.view(-1))
         return x * mask
 

@@ -239,19 +239,21 @@ class _FusedBernoulli(torch.autograd.Function):
     ) -> Tensor:
         b, (first, rows, _) = len(h), entries.by_column
         spare = -b % LANES
-        cells = pad(h, (0, 0, 0, spare)), *(pad(x, (0, spare)) for x in (log_row, weights))
-        weighted = cells[2].unsqueeze(-1) * cells[0]
-        features = weight, bias, log_column
-        limits = np.float32(1 - LARGEST), max(1, BLOCK // max(1, b + spare))
-        by_h = h.new_zeros(torch.get_num_threads(), *weighted.shape)
+        filled, log_filled, shares = (
+            pad(h, (0, 0, 0, spare)), pad(log_row, (0, spare)), pad(weights, (0, spare))
+        )  # fmt: skip
+        weighted = shares.unsqueeze(-1) * filled
+        size = max(1, BLOCK // max(1, b + spare))
+        by_h = h.new_zeros(torch.get_num_threads(), *filled.shape)
         by_row, value = h.new_zeros(2, *by_h.shape[:2])
-        by_features = tuple(torch.empty_like(x) for x in features)
-        given = (x.contiguous() for x in (*cells, weighted, *features))
-        run("scaled_bernoulli", first, rows, *given, *limits, by_h, by_row, *by_features, value)
-        by_cells = by_h.sum(0)[:b] * weights.unsqueeze(-1), by_row.sum(0)[:b] * weights
-        by_weight, by_bias, by_column = by_features
-        ctx.gradients = by_cells[0], by_weight, by_bias, by_cells[1], by_column
-        return value.sum(0)[:b] @ weights
+        features = weight, bias, log_column
+        by_weight, by_bias, by_column = found = [torch.empty_like(x) for x in features]
+        given = (x.contiguous() for x in (filled, log_filled, shares, weighted, *features))
+        limits = np.float32(1 - LARGEST), size
+        run("scaled_bernoulli", first, rows, *given, *limits, by_h, by_row, *found, value)
+        by_cells = by_h.sum(0)[:b] * weights.unsqueeze(-1)
+        ctx.gradients = by_cells, by_weight, by_bias, by_row.sum(0)[:b] * weights, by_column
+        return value.sum(0) @ shares
 
     @staticmethod
     @once_differentiable
